@@ -1,1 +1,16 @@
-//! x
+//! A minimal virtual machine monitor on KVM. It runs a Linux kernel with virtio devices over MMIO, plugs and unplugs devices
+//! while the guest runs, and saves and restores the whole machine. It knows nothing of containers.
+//!
+//! The owner of a VMM starts `bulkhead-vmm` with one end of a [`control`] socket and steers it through that for its whole life.
+//!
+//! - [`control`]: the socket and what is said on it; all that an owner needs
+//! - [`console_ring`]: the guest's console, readable by the owner
+//! - [`memory`], [`arch`]: guest memory, and what is peculiar to x86_64
+//! - [`virtio`], [`devices`]: the transport and what is plugged into it
+
+pub mod arch;
+pub mod console_ring;
+pub mod control;
+pub mod devices;
+pub mod memory;
+pub mod virtio;

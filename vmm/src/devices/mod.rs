@@ -1,0 +1,40 @@
+//! The virtio devices, one folder or file each, and the two I/O ports of the machine.
+//!
+//! - [`balloon`]: gives memory that the guest has freed back to the host
+//! - [`block`]: disks of one file or of several
+//! - [`console`]: the guest's console
+//! - [`ports`]: the status port, the reset port and the serial port
+//! - [`rng`]: random bytes
+//! - [`vsock`]: stream sockets between guest and host
+
+pub mod balloon;
+pub mod block;
+pub mod console;
+pub mod ports;
+pub mod rng;
+pub mod vsock;
+
+use serde::{Deserialize, Serialize};
+
+/// What a device saves beyond its features and queues. On the way back it is untrusted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DeviceState {
+    /// [`balloon::Balloon`]
+    Balloon,
+    /// [`block::Block`]: what the guest has learned of its size and may not change behind its back.
+    Block {
+        /// Size in 512-byte sectors.
+        sectors: u64,
+        /// Writes are refused.
+        read_only: bool,
+    },
+    /// [`console::Console`]
+    Console,
+    /// [`rng::Rng`]
+    Rng,
+    /// [`vsock::Vsock`]: connections do not outlive the machine that held them.
+    Vsock {
+        /// The guest's context id.
+        cid: u64,
+    },
+}
