@@ -1,1 +1,4 @@
-//! x
+//! Builds the file systems that Bulkhead boots and mounts: the guest image, and EROFS images of container image layers.
+
+pub mod erofs;
+pub mod guest_image;
