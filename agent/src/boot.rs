@@ -1,0 +1,91 @@
+//! From the first instruction to the point where containers can be made: file systems, cgroups, the loopback device.
+//!
+//! Every step here is on the path that a user waits for, so there is no system call without a need.
+
+use std::fs;
+use std::io;
+
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, mount};
+use rustix::system::sysinfo;
+
+use crate::cgroup;
+
+/// What could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("mount {what} on {target}")]
+    Mount { what: &'static str, target: &'static str, source: Errno },
+    #[error("bring up the loopback device")]
+    Loopback(#[source] io::Error),
+    #[error("read the kernel command line")]
+    CommandLine(#[source] io::Error),
+    #[error(transparent)]
+    Cgroup(#[from] cgroup::Error),
+}
+
+const NO_DEVICES: MountFlags = MountFlags::NODEV.union(MountFlags::NOSUID).union(MountFlags::NOEXEC);
+
+/// What is mounted where, in this order. `favordynmods` keeps a move between cgroups from waiting for an RCU grace
+/// period, milliseconds that every container would pay for; `nsdelegate` keeps a container that has a cgroup namespace
+/// from raising its own limits.
+const MOUNTS: [(&str, &str, MountFlags, &str); 6] = [
+    ("devtmpfs", "/dev", MountFlags::NOSUID, "mode=0755"),
+    ("proc", "/proc", NO_DEVICES, ""),
+    ("sysfs", "/sys", NO_DEVICES, ""),
+    ("cgroup2", cgroup::ROOT, NO_DEVICES, "nsdelegate,favordynmods"),
+    ("tmpfs", "/run", NO_DEVICES, "mode=0755"),
+    ("tmpfs", "/tmp", NO_DEVICES, "mode=1777,size=1m"),
+];
+
+/// Mounts what the agent and libcontainer need. One that the kernel or a test has mounted already is left as it is.
+///
+/// # Errors
+/// [`Error::Mount`] with the first that fails.
+pub(crate) fn mount_all() -> Result<(), Error> {
+    for (what, target, flags, options) in MOUNTS {
+        let options = (!options.is_empty()).then(|| std::ffi::CString::new(options).unwrap_or_default());
+        match mount(what, target, what, flags, options.as_deref()) {
+            Ok(()) | Err(Errno::BUSY) => {}
+            Err(source) => return Err(Error::Mount { what, target, source }),
+        }
+    }
+    Ok(())
+}
+
+/// The kernel command line.
+///
+/// # Errors
+/// [`Error::CommandLine`] when `/proc/cmdline` cannot be read.
+pub(crate) fn command_line() -> Result<String, Error> {
+    fs::read_to_string("/proc/cmdline").map_err(Error::CommandLine)
+}
+
+/// Makes the parent of all containers' cgroups and brings up `lo`.
+///
+/// # Errors
+/// [`Error`] with what failed.
+pub(crate) fn prepare() -> Result<(), Error> {
+    let info = sysinfo();
+    cgroup::prepare(info.totalram.saturating_mul(u64::from(info.mem_unit)))?;
+    loopback_up().map_err(Error::Loopback)
+}
+
+/// Sets `IFF_UP` on `lo`; the kernel then gives it 127.0.0.1 and ::1 by itself.
+fn loopback_up() -> io::Result<()> {
+    use rustix::fd::AsRawFd as _;
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+
+    let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    // SAFETY: all-zero bytes are a valid ifreq, a struct of integers and a union of such.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+        *to = from.cast_signed();
+    }
+    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
+    // SAFETY: SIOCSIFFLAGS reads one ifreq, which `request` is.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}

@@ -1,0 +1,222 @@
+//! The cgroups of the guest: the agent in the root, every container below `/bulkhead`.
+//!
+//! The agent needs no cgroup of its own: what the parent of all containers may not have is left to it, memory and
+//! process ids alike, and the kernel's root group is never limited.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+/// Where the unified hierarchy is mounted.
+pub(crate) const ROOT: &str = "/sys/fs/cgroup";
+/// The parent of all containers' groups, below [`ROOT`].
+const PARENT: &str = "/bulkhead";
+
+/// Process ids and memory that all containers together leave to the agent and its workers.
+const RESERVED_PIDS: u64 = 256;
+const RESERVED_MEMORY_MIN: u64 = 8 << 20;
+const RESERVED_MEMORY_MAX: u64 = 32 << 20;
+
+/// What could not be done with a group.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("create cgroup {0}")]
+    Create(PathBuf, #[source] io::Error),
+    #[error("write {1:?} to {0}")]
+    Write(PathBuf, String, #[source] io::Error),
+    #[error("read {0}")]
+    Read(PathBuf, #[source] io::Error),
+    #[error("remove cgroup {0}")]
+    Remove(PathBuf, #[source] io::Error),
+    #[error("processes are left in cgroup {0} although they were killed {1} seconds ago")]
+    Populated(PathBuf, u64),
+}
+
+/// Makes the parent group, with all controllers that the kernel has and a limit that keeps the agent alive.
+///
+/// # Errors
+/// [`Error`] with the file that could not be read or written.
+pub(crate) fn prepare(total_memory: u64) -> Result<(), Error> {
+    let root = Path::new(ROOT);
+    let parent = root.join(PARENT.trim_start_matches('/'));
+    let mut controllers = String::new();
+    for name in read(root.join("cgroup.controllers"))?.split_ascii_whitespace() {
+        controllers.push('+');
+        controllers.push_str(name);
+        controllers.push(' ');
+    }
+    write(root.join("cgroup.subtree_control"), controllers.trim_end())?;
+    match fs::create_dir(&parent) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(Error::Create(parent, error)),
+        _ => {}
+    }
+    write(parent.join("cgroup.subtree_control"), controllers.trim_end())?;
+    write(parent.join("memory.max"), &(total_memory - reserved_memory(total_memory)).to_string())?;
+    let threads = read("/proc/sys/kernel/threads-max".into())?;
+    let threads: u64 = threads.trim().parse().unwrap_or(u64::from(u16::MAX));
+    write(parent.join("pids.max"), &threads.saturating_sub(RESERVED_PIDS).max(RESERVED_PIDS).to_string())
+}
+
+/// An eighth of all memory, within bounds.
+fn reserved_memory(total: u64) -> u64 {
+    (total / 8).clamp(RESERVED_MEMORY_MIN, RESERVED_MEMORY_MAX).min(total / 2)
+}
+
+/// A container's group.
+#[derive(Clone, Debug)]
+pub(crate) struct Cgroup {
+    directory: PathBuf,
+}
+
+impl Cgroup {
+    /// The group of the container with this (valid) id. It need not exist yet.
+    pub(crate) fn of(container_id: &str) -> Self {
+        Self { directory: Path::new(ROOT).join(&Self::path(container_id)[1..]) }
+    }
+
+    /// The same as the OCI specification's `cgroupsPath`.
+    pub(crate) fn path(container_id: &str) -> String {
+        format!("{PARENT}/{container_id}")
+    }
+
+    /// The number in a file like `memory.current`; none when there is no such file or it says `max`.
+    pub(crate) fn number(&self, file: &str) -> Option<u64> {
+        fs::read_to_string(self.directory.join(file)).ok()?.trim().parse().ok()
+    }
+
+    /// The lines of a file like `cpu.stat`; empty when there is no such file.
+    pub(crate) fn table(&self, file: &str) -> HashMap<String, u64> {
+        parse_table(&fs::read_to_string(self.directory.join(file)).unwrap_or_default())
+    }
+
+    /// Bytes read and written, summed over all devices.
+    pub(crate) fn io_bytes(&self) -> (u64, u64) {
+        parse_io(&fs::read_to_string(self.directory.join("io.stat")).unwrap_or_default())
+    }
+
+    /// Processes that the kernel has killed for want of memory.
+    pub(crate) fn oom_kills(&self) -> u64 {
+        self.table("memory.events").get("oom_kill").copied().unwrap_or(0)
+    }
+
+    /// Every process in the group and in those below it, now.
+    pub(crate) fn processes(&self) -> Vec<i32> {
+        let mut found = Vec::new();
+        let mut directories = vec![self.directory.clone()];
+        while let Some(directory) = directories.pop() {
+            let processes = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+            found.extend(processes.lines().filter_map(|line| line.parse::<i32>().ok()));
+            directories.extend(subdirectories(&directory));
+        }
+        found
+    }
+
+    /// Kills every process in the group and below, those that are being forked too (`cgroup.kill`). A group that does
+    /// not exist has none.
+    ///
+    /// # Errors
+    /// [`Error::Write`] when the kernel refuses.
+    pub(crate) fn kill(&self) -> Result<(), Error> {
+        match write(self.directory.join("cgroup.kill"), "1") {
+            Err(Error::Write(_, _, error)) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Removes the group and those below it, once their last process has ended. Blocks for at most `patience`.
+    ///
+    /// # Errors
+    /// [`Error::Populated`] when processes are left after that, [`Error::Remove`] when the kernel refuses.
+    pub(crate) fn remove(&self, patience: Duration) -> Result<(), Error> {
+        let events = match File::open(self.directory.join("cgroup.events")) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(Error::Read(self.directory.clone(), error)),
+        };
+        self.wait_until_empty(&events, Instant::now() + patience, patience.as_secs())?;
+        remove_tree(&self.directory)
+    }
+
+    /// cgroup v2: a change of `populated` wakes pollers of `cgroup.events` with POLLPRI.
+    fn wait_until_empty(&self, events: &File, until: Instant, seconds: u64) -> Result<(), Error> {
+        let file = self.directory.join("cgroup.events");
+        while parse_table(&read(file.clone())?).get("populated") != Some(&0) {
+            let left = until.saturating_duration_since(Instant::now());
+            let timeout = Timespec::try_from(left).ok();
+            let ready = poll(&mut [PollFd::new(events, PollFlags::PRI)], timeout.as_ref())
+                .map_err(|error| Error::Read(file.clone(), error.into()))?;
+            if ready == 0 {
+                return Err(Error::Populated(self.directory.clone(), seconds));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn remove_tree(directory: &Path) -> Result<(), Error> {
+    for below in subdirectories(directory) {
+        remove_tree(&below)?;
+    }
+    fs::remove_dir(directory).map_err(|error| Error::Remove(directory.to_owned(), error))
+}
+
+fn subdirectories(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path()).collect()
+}
+
+fn read(file: PathBuf) -> Result<String, Error> {
+    fs::read_to_string(&file).map_err(|error| Error::Read(file, error))
+}
+
+/// One `write`, as cgroup files want it; the file must be there.
+fn write(file: PathBuf, text: &str) -> Result<(), Error> {
+    let written = File::options().write(true).open(&file).and_then(|mut open| open.write_all(text.as_bytes()));
+    written.map_err(|error| Error::Write(file, text.to_owned(), error))
+}
+
+/// Lines of a name and a number.
+fn parse_table(text: &str) -> HashMap<String, u64> {
+    let pairs = text.lines().filter_map(|line| line.split_once(' '));
+    pairs.filter_map(|(name, value)| Some((name.to_owned(), value.trim().parse().ok()?))).collect()
+}
+
+/// Lines like `254:0 rbytes=4096 wbytes=0 rios=1 ...`.
+fn parse_io(text: &str) -> (u64, u64) {
+    let sum = |key: &str| {
+        let values = text.split_ascii_whitespace().filter_map(|word| word.strip_prefix(key));
+        values.filter_map(|value| value.parse::<u64>().ok()).fold(0, u64::saturating_add)
+    };
+    (sum("rbytes="), sum("wbytes="))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reserve_is_an_eighth_within_bounds() {
+        assert_eq!(reserved_memory(128 << 20), 16 << 20);
+        assert_eq!(reserved_memory(40 << 20), RESERVED_MEMORY_MIN);
+        assert_eq!(reserved_memory(8 << 30), RESERVED_MEMORY_MAX);
+        assert_eq!(reserved_memory(10 << 20), 5 << 20);
+    }
+
+    #[test]
+    fn tables_skip_what_is_not_a_number() {
+        let table = parse_table("usage_usec 17\nsome avg10=0.00\npopulated 1\n");
+        assert_eq!(table.len(), 2);
+        assert_eq!(table["usage_usec"], 17);
+        assert_eq!(table["populated"], 1);
+    }
+
+    #[test]
+    fn io_is_summed_over_devices() {
+        let text = "254:0 rbytes=100 wbytes=1 rios=3 wios=1\n254:16 rbytes=11 wbytes=2 rios=1 wios=1\n";
+        assert_eq!(parse_io(text), (111, 3));
+    }
+}
