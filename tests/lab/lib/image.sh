@@ -1,0 +1,27 @@
+# The disk image: Debian trixie as a raw ext4 file, its kernel, initial RAM disk and key beside it.
+# shellcheck shell=bash disable=SC2154
+
+# Hardware that the emulated machine lacks, and documents: two thirds of the size.
+left_out=(
+  '/usr/lib/modules/*/kernel/drivers/'{gpu,media,infiniband,iio,hwmon,usb,staging,isdn,ata,scsi,mtd,bluetooth,platform}'/*'
+  '/usr/lib/modules/*/kernel/drivers/net/'{ethernet,wireless,can,usb}'/*'
+  '/usr/lib/modules/*/kernel/sound/*'
+  '/usr/share/'{doc,man,info,locale,icons}'/*'
+  /etc/kernel/postinst.d/initramfs-tools
+)
+
+lab_image() {
+  cached "lab/$(hash_of "$here/recipe" "$here/lib/image.sh")" build_lab_image
+}
+
+build_lab_image() {
+  local dir=$1 packages
+  need mmdebstrap mkfs.ext4 ssh-keygen unshare
+  say "building the lab's image (about a minute)"
+  packages=$(sed 's/#.*//' "$here/recipe/packages" | xargs | tr ' ' ,)
+  debian_tree "$dir/root" "$packages" --variant=essential \
+    "${left_out[@]/#/--dpkgopt=path-exclude=}" --customize-hook="$here/recipe/customize \"\$1\""
+  mv "$dir"/root/boot/{vmlinuz,initrd,key} "$dir"
+  mkfs.ext4 -q -d "$dir/root" -L lab -O ^has_journal "$dir/root.img" 16G
+  rm -rf --one-file-system "$dir/root"
+}
