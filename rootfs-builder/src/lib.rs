@@ -2,3 +2,4 @@
 
 pub mod erofs;
 pub mod guest_image;
+pub mod tar;

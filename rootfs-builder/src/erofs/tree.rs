@@ -6,7 +6,7 @@ use super::content::Content;
 use super::xattr::Xattrs;
 
 /// A file, directory or other inode of the image being built.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct NodeId(pub(super) u32);
 
 /// Everything about an inode but its type and content.

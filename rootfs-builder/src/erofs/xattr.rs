@@ -57,6 +57,16 @@ impl Xattrs {
         Ok(())
     }
 
+    /// Bytes that they take on disk and in memory.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// What follows the inode on disk: nothing, or a header and the entries; a multiple of four bytes.
     pub(super) fn as_bytes(&self) -> &[u8] {
         &self.0
