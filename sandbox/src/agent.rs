@@ -1,0 +1,224 @@
+//! Calls to the agent in the guest. The guest is hostile: its answers are bounded in size by ttrpc, in time by the caller, and
+//! its words are escaped before anyone sees them.
+
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use bulkhead_protocol::agent::GuestDetails;
+use bulkhead_protocol::agent_ttrpc::AgentClient;
+use bulkhead_protocol::limits::{
+    CALL_TIMEOUT_S, CONTROL_PORT, CREATE_TIMEOUT_S, ERROR_TEXT_MAX, PROTOCOL_VERSION,
+};
+use tokio::time::timeout;
+use ttrpc::asynchronous::Client;
+use ttrpc::asynchronous::transport::Socket;
+use ttrpc::context::{Context, with_duration};
+
+use crate::console::escape;
+use crate::vsock;
+
+pub use bulkhead_protocol::agent as messages;
+pub use ttrpc::Code;
+
+/// Why a call failed.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// No connection.
+    #[error("cannot connect to the agent in the guest")]
+    Connect(#[source] io::Error),
+    /// No answer in time.
+    #[error("the agent in the guest does not answer within {0:?}")]
+    Timeout(Duration),
+    /// The connection ended, mostly because the machine did.
+    #[error("the connection to the agent in the guest ended: {0}")]
+    Lost(String),
+    /// The agent refused.
+    #[error("{text}")]
+    Refused {
+        /// The kind of refusal.
+        code: Code,
+        /// The agent's own words, fit for a terminal.
+        text: String,
+    },
+    /// The agent is of another build.
+    #[error(
+        "the agent in the guest speaks version {0} of the protocol, this program {PROTOCOL_VERSION}: install both from one build"
+    )]
+    Version(u32),
+}
+
+impl AgentError {
+    /// The kind of refusal, if it is one.
+    pub fn code(&self) -> Option<Code> {
+        match self {
+            Self::Refused { code, .. } => Some(*code),
+            _ => None,
+        }
+    }
+}
+
+/// A connection to the agent.
+#[derive(Clone)]
+pub struct Agent {
+    client: AgentClient,
+    details: GuestDetails,
+}
+
+impl Agent {
+    /// Connects through the VMM's vsock socket and makes sure that both sides speak the same version.
+    ///
+    /// # Errors
+    /// [`AgentError`] when the agent cannot be reached or is of another build.
+    pub async fn connect(socket: &Path) -> Result<Self, AgentError> {
+        let patience = Duration::from_secs(CALL_TIMEOUT_S);
+        let connecting = timeout(patience, vsock::connect(socket, CONTROL_PORT));
+        let stream =
+            connecting.await.map_err(|_| AgentError::Timeout(patience))?.map_err(AgentError::Connect)?;
+        let client = AgentClient::new(Client::new(Socket::from(stream)));
+        let details = client.get_guest_details(call(), &messages::GetGuestDetailsRequest::new()).await;
+        let details = details.map_err(error)?;
+        if details.protocol_version != PROTOCOL_VERSION {
+            return Err(AgentError::Version(details.protocol_version));
+        }
+        Ok(Self { client, details })
+    }
+
+    /// What the agent said of the guest when the connection was made.
+    pub fn details(&self) -> &GuestDetails {
+        &self.details
+    }
+
+    /// Brings CPUs online that the VMM has made.
+    ///
+    /// # Errors
+    /// [`AgentError`], as for every call.
+    pub async fn online_cpus(&self, count: u32) -> Result<(), AgentError> {
+        let request = messages::OnlineCpusRequest { count, ..Default::default() };
+        self.client.online_cpus(call(), &request).await.map(drop).map_err(error)
+    }
+
+    /// Has the guest's driver take a slot that the VMM has filled.
+    ///
+    /// # Errors
+    /// [`AgentError`], as for every call.
+    pub async fn bind_slot(&self, slot: u8) -> Result<(), AgentError> {
+        let request = messages::BindSlotRequest { slot: slot.into(), ..Default::default() };
+        self.client.bind_slot(call(), &request).await.map(drop).map_err(error)
+    }
+
+    /// Has the guest's driver let go of a slot that the VMM is about to empty.
+    ///
+    /// # Errors
+    /// [`AgentError`], as for every call.
+    pub async fn unbind_slot(&self, slot: u8) -> Result<(), AgentError> {
+        let request = messages::UnbindSlotRequest { slot: slot.into(), ..Default::default() };
+        self.client.unbind_slot(call(), &request).await.map(drop).map_err(error)
+    }
+
+    /// Makes a container up to the point before its command runs.
+    ///
+    /// # Errors
+    /// [`AgentError`], as for every call.
+    pub async fn create_container(
+        &self,
+        request: &messages::CreateContainerRequest,
+    ) -> Result<(), AgentError> {
+        self.client.create_container(create(), request).await.map(drop).map_err(error)
+    }
+
+    /// Runs a container's command.
+    ///
+    /// # Errors
+    /// [`AgentError`]; its code tells a command that was not found from one that may not be executed.
+    pub async fn start_container(&self, container_id: &str) -> Result<(), AgentError> {
+        let request =
+            messages::StartContainerRequest { container_id: container_id.into(), ..Default::default() };
+        self.client.start_container(create(), &request).await.map(drop).map_err(error)
+    }
+
+    /// Starts another process in a container.
+    ///
+    /// # Errors
+    /// As [`start_container`](Self::start_container).
+    pub async fn exec_process(&self, request: &messages::ExecProcessRequest) -> Result<(), AgentError> {
+        self.client.exec_process(create(), request).await.map(drop).map_err(error)
+    }
+
+    /// Sends a signal to one process of a container, or to all when `exec_id` is `None`.
+    ///
+    /// # Errors
+    /// [`AgentError`], as for every call.
+    pub async fn signal(&self, process: &ProcessId, signal: u32) -> Result<(), AgentError> {
+        let request = messages::SignalProcessRequest {
+            container_id: process.container_id.clone(),
+            exec_id: process.exec_id.clone(),
+            signal,
+            ..Default::default()
+        };
+        self.client.signal_process(call(), &request).await.map(drop).map_err(error)
+    }
+
+    /// Waits for the end of a process, as long as it takes.
+    ///
+    /// # Errors
+    /// [`AgentError`], as for every call.
+    pub async fn wait(&self, process: &ProcessId) -> Result<messages::WaitProcessResponse, AgentError> {
+        let request = messages::WaitProcessRequest {
+            container_id: process.container_id.clone(),
+            exec_id: process.exec_id.clone(),
+            ..Default::default()
+        };
+        self.client.wait_process(Context::default(), &request).await.map_err(error)
+    }
+
+    /// Tells a process's pseudoterminal its size.
+    ///
+    /// # Errors
+    /// [`AgentError`], as for every call.
+    pub async fn resize(&self, process: &ProcessId, rows: u16, columns: u16) -> Result<(), AgentError> {
+        let request = messages::ResizeTerminalRequest {
+            container_id: process.container_id.clone(),
+            exec_id: process.exec_id.clone(),
+            rows: rows.into(),
+            columns: columns.into(),
+            ..Default::default()
+        };
+        self.client.resize_terminal(call(), &request).await.map(drop).map_err(error)
+    }
+}
+
+/// A process in the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProcessId {
+    /// Its container.
+    pub container_id: String,
+    /// The exec, or empty for the container's init.
+    pub exec_id: String,
+}
+
+impl ProcessId {
+    /// A container's init.
+    pub fn init(container_id: &str) -> Self {
+        Self { container_id: container_id.to_owned(), exec_id: String::new() }
+    }
+}
+
+fn call() -> Context {
+    with_duration(Duration::from_secs(CALL_TIMEOUT_S))
+}
+
+fn create() -> Context {
+    with_duration(Duration::from_secs(CREATE_TIMEOUT_S))
+}
+
+fn error(error: ttrpc::Error) -> AgentError {
+    let shown = |text: &str| escape(&text.as_bytes()[..text.len().min(ERROR_TEXT_MAX)]);
+    match error {
+        ttrpc::Error::RpcStatus(status) => match status.code.enum_value_or_default() {
+            Code::DEADLINE_EXCEEDED => AgentError::Timeout(Duration::from_secs(CALL_TIMEOUT_S)),
+            code => AgentError::Refused { code, text: shown(&status.message) },
+        },
+        other => AgentError::Lost(shown(&other.to_string())),
+    }
+}

@@ -1,0 +1,194 @@
+//! The configuration: `/etc/bulkhead/config.toml`, then the files of `config.d` beside it in the order of their names. A later
+//! file wins, key by key; a key that is not known is an error.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use toml::{Table, Value};
+
+use crate::size::Size;
+
+/// Where the configuration is looked for.
+pub const CONFIG_FILE: &str = "/etc/bulkhead/config.toml";
+
+/// What can be configured.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Where things are.
+    pub paths: Paths,
+    /// Whom VMMs run as.
+    pub uids: Uids,
+    /// What a sandbox gets when nothing is asked.
+    pub defaults: Defaults,
+}
+
+/// Where things are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Paths {
+    /// Directory of `bulkhead-vmm`; by default `../libexec/bulkhead` seen from the running executable's.
+    pub libexec: Option<PathBuf>,
+    /// Directory of `vmlinux` and `guest.erofs`; by default `../share/bulkhead` seen from the running executable's.
+    pub share: Option<PathBuf>,
+}
+
+/// Whom VMMs run as: each gets a uid, and a gid of the same number, that no other VMM has at that time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Uids {
+    /// The first uid. The default lies where systemd's list of uid ranges has nothing.
+    pub first: u32,
+    /// How many there are, and so how many sandboxes at a time.
+    pub count: u32,
+}
+
+impl Default for Uids {
+    fn default() -> Self {
+        Self { first: 1_900_000_000, count: 65_536 }
+    }
+}
+
+/// What a sandbox gets when nothing is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Defaults {
+    /// Memory of the virtual machine.
+    pub memory: Size,
+    /// CPUs.
+    pub cpus: u8,
+}
+
+impl Default for Defaults {
+    fn default() -> Self {
+        Self { memory: Size(1 << 30), cpus: 2 }
+    }
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// A file that is there cannot be read.
+    #[error("cannot read {0}")]
+    Read(PathBuf, #[source] io::Error),
+    /// A file's content is not accepted.
+    #[error("{0} is not valid: correct or remove what it names")]
+    Parse(PathBuf, #[source] Box<toml::de::Error>),
+    /// A uid that would be that of a user, or past the end of all uids.
+    #[error("uids {first} to {first}+{count}: VMMs run as uids above 65535 and below 4294967294")]
+    Uids {
+        /// The first.
+        first: u32,
+        /// How many.
+        count: u32,
+    },
+}
+
+impl Config {
+    /// Reads `file` and the `*.toml` in the directory `config.d` beside it. None of them needs to exist.
+    ///
+    /// # Errors
+    /// [`ConfigError`] for a file that cannot be read, is not TOML or holds an unknown key or a value of the wrong type.
+    pub fn load(file: &Path) -> Result<Self, ConfigError> {
+        let mut merged = Table::new();
+        for path in std::iter::once(file.to_owned()).chain(drop_ins(file)?) {
+            let text = match fs::read_to_string(&path) {
+                Ok(text) => text,
+                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                Err(e) => return Err(ConfigError::Read(path, e)),
+            };
+            let parse_error = |e| ConfigError::Parse(path.clone(), Box::new(e));
+            toml::from_str::<Self>(&text).map_err(parse_error)?;
+            merge(&mut merged, toml::from_str(&text).map_err(parse_error)?);
+        }
+        let config: Self =
+            Value::Table(merged).try_into().map_err(|e| ConfigError::Parse(file.to_owned(), Box::new(e)))?;
+        let Uids { first, count } = config.uids;
+        let last = first.checked_add(count).filter(|last| *last < u32::MAX);
+        if first <= 0xffff || count == 0 || last.is_none() {
+            return Err(ConfigError::Uids { first, count });
+        }
+        Ok(config)
+    }
+}
+
+fn drop_ins(file: &Path) -> Result<Vec<PathBuf>, ConfigError> {
+    let directory = file.with_file_name("config.d");
+    let entries = match fs::read_dir(&directory) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(ConfigError::Read(directory, e)),
+    };
+    let paths: io::Result<Vec<PathBuf>> = entries.map(|entry| Ok(entry?.path())).collect();
+    let mut paths = paths.map_err(|e| ConfigError::Read(directory, e))?;
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "toml"));
+    paths.sort();
+    Ok(paths)
+}
+
+fn merge(into: &mut Table, from: Table) {
+    for (key, value) in from {
+        match (into.get_mut(&key), value) {
+            (Some(Value::Table(old)), Value::Table(new)) => merge(old, new),
+            (_, value) => {
+                into.insert(key, value);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(main: Option<&str>, drop_ins: &[(&str, &str)]) -> Result<Config, ConfigError> {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("config.toml");
+        if let Some(text) = main {
+            fs::write(&file, text).unwrap();
+        }
+        fs::create_dir(dir.path().join("config.d")).unwrap();
+        for (name, text) in drop_ins {
+            fs::write(dir.path().join("config.d").join(name), text).unwrap();
+        }
+        Config::load(&file)
+    }
+
+    #[test]
+    fn without_files_the_defaults_hold() {
+        let config = load(None, &[]).unwrap();
+        assert_eq!(config, Config::default());
+        assert_eq!((config.defaults.memory, config.defaults.cpus), (Size(1 << 30), 2));
+    }
+
+    #[test]
+    fn a_drop_in_wins_key_by_key_and_later_names_win() {
+        let main = "[defaults]\nmemory = \"512M\"\ncpus = 1\n";
+        let drop_ins = [
+            ("20.toml", "[defaults]\ncpus = 4"),
+            ("10.toml", "[defaults]\ncpus = 3"),
+            ("30.toml.bak", "nonsense"),
+        ];
+        let config = load(Some(main), &drop_ins).unwrap();
+        assert_eq!((config.defaults.memory, config.defaults.cpus), (Size(512 << 20), 4));
+    }
+
+    #[test]
+    fn an_unknown_key_is_an_error_that_names_file_and_key() {
+        let error = load(None, &[("a.toml", "[defaults]\nmemroy = \"1G\"")]).unwrap_err();
+        assert!(error.to_string().contains("a.toml"), "{error}");
+        let source = std::error::Error::source(&error).unwrap().to_string();
+        assert!(source.contains("memroy"), "{source}");
+    }
+
+    #[test]
+    fn uids_of_users_and_of_nobody_are_refused() {
+        assert!(matches!(load(Some("[uids]\nfirst = 1000"), &[]), Err(ConfigError::Uids { .. })));
+        assert!(matches!(
+            load(Some("[uids]\nfirst = 4294967290\ncount = 10"), &[]),
+            Err(ConfigError::Uids { .. })
+        ));
+    }
+}

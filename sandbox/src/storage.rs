@@ -1,0 +1,200 @@
+//! A container's root as disks of the guest: its layers behind one read-only disk, what it writes on a scratch disk or in the
+//! guest's memory.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use bulkhead_protocol::agent::{BlockSource, Rootfs, rootfs};
+use bulkhead_vmm::control::message::BlockLayout;
+use tokio::process::Command;
+
+use crate::disk::Disk;
+use crate::image_file::{self, Format, ImageFileError};
+use crate::size::Size;
+
+/// Slot of the disk with a container's layers.
+pub const IMAGE_SLOT: u8 = 5;
+/// Slot of a container's scratch disk.
+pub const SCRATCH_SLOT: u8 = 6;
+/// Most layers of an image: the entries of a GPT. Docker's own limit is 127.
+pub const LAYERS_MAX: usize = 128;
+/// Least size of a scratch disk: below it ext4 has no room for itself.
+pub const SCRATCH_MIN: Size = Size(16 << 20);
+
+/// Where what a container writes goes.
+#[derive(Debug)]
+pub enum Upper {
+    /// Nowhere: its root is read-only.
+    None,
+    /// The guest's memory, up to so much.
+    Tmpfs(Size),
+    /// A disk made by [`make_scratch`].
+    Scratch(File),
+}
+
+/// A container's root.
+#[derive(Debug)]
+pub struct Storage {
+    /// The disks, each with its slot.
+    pub disks: Vec<(u8, Disk)>,
+    /// How the agent puts them together.
+    pub rootfs: Rootfs,
+}
+
+/// Why a container has no root.
+#[derive(Debug, thiserror::Error)]
+pub enum StorageError {
+    /// No layer at all, or too many.
+    #[error("an image of {0} layers: 1 to {LAYERS_MAX} are possible; squash it into fewer")]
+    Layers(usize),
+    /// A layer cannot be used.
+    #[error("a layer of the image cannot be used: import the image again")]
+    Layer(#[source] ImageFileError),
+    /// A layer is not EROFS.
+    #[error("the layer {0} is not an EROFS image")]
+    Format(PathBuf),
+    /// The scratch disk cannot be made.
+    #[error("cannot make the scratch disk {0}")]
+    Scratch(PathBuf, #[source] io::Error),
+    /// mke2fs failed.
+    #[error("mke2fs cannot format the scratch disk: {0}")]
+    Mke2fs(String),
+    /// Too small.
+    #[error("a scratch disk of {0}: it takes at least {SCRATCH_MIN}")]
+    ScratchSize(Size),
+}
+
+/// Plans the root of a container from its layers, the topmost first.
+///
+/// # Errors
+/// [`StorageError`] when a layer cannot be opened or their number is out of bounds.
+pub fn plan(layers: &[PathBuf], upper: Upper) -> Result<Storage, StorageError> {
+    if !(1..=LAYERS_MAX).contains(&layers.len()) {
+        return Err(StorageError::Layers(layers.len()));
+    }
+    let mut files = Vec::with_capacity(layers.len());
+    for layer in layers {
+        match image_file::open(layer).map_err(StorageError::Layer)? {
+            (file, Format::Erofs) => files.push(file),
+            (_, Format::Ext4) => return Err(StorageError::Format(layer.clone())),
+        }
+    }
+    // A disk without partitions is one for the guest to scan less.
+    let (layout, partitions) = if files.len() == 1 {
+        (BlockLayout::Whole, 0..1)
+    } else {
+        (BlockLayout::Partitions, 1..files.len() + 1)
+    };
+    let lower = partitions.map(|n| source(IMAGE_SLOT, u32::try_from(n).expect("below LAYERS_MAX"))).collect();
+    let mut disks = vec![(IMAGE_SLOT, Disk { files, layout, read_only: true })];
+    let upper = match upper {
+        Upper::None => None,
+        Upper::Tmpfs(size) => Some(rootfs::Upper::TmpfsBytes(size.0)),
+        Upper::Scratch(file) => {
+            disks.push((
+                SCRATCH_SLOT,
+                Disk { files: vec![file], layout: BlockLayout::Whole, read_only: false },
+            ));
+            Some(rootfs::Upper::Ext4(source(SCRATCH_SLOT, 0)))
+        }
+    };
+    Ok(Storage { disks, rootfs: Rootfs { lower, upper, ..Default::default() } })
+}
+
+fn source(slot: u8, partition: u32) -> BlockSource {
+    BlockSource { slot: slot.into(), partition, ..Default::default() }
+}
+
+/// Makes a sparse file of `size` with an empty ext4. It holds nothing that outlives its container, so it has no journal.
+///
+/// # Errors
+/// [`StorageError`] when the file cannot be made or `mke2fs` is missing or fails.
+pub async fn make_scratch(path: &Path, size: Size) -> Result<File, StorageError> {
+    if size < SCRATCH_MIN {
+        return Err(StorageError::ScratchSize(size));
+    }
+    let failed = |e| StorageError::Scratch(path.to_owned(), e);
+    let file =
+        File::options().read(true).write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
+    file.set_len(size.0).map_err(failed)?;
+    let mut command = Command::new("mke2fs");
+    command.args(["-q", "-F", "-t", "ext4", "-m", "0", "-O", "^has_journal,^resize_inode"]);
+    command.args(["-E", "lazy_itable_init=1,nodiscard,root_owner=0:0"]).arg(path).kill_on_drop(true);
+    // A user's PATH often lacks the directories of the administrator's tools.
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.env_clear().env("PATH", format!("{path}:/usr/sbin:/sbin"));
+    let output = command.output().await.map_err(|e| match e.kind() {
+        io::ErrorKind::NotFound => {
+            StorageError::Mke2fs("it is not installed; install the package e2fsprogs".into())
+        }
+        _ => StorageError::Mke2fs(e.to_string()),
+    })?;
+    if !output.status.success() {
+        return Err(StorageError::Mke2fs(String::from_utf8_lossy(output.stderr.trim_ascii()).into_owned()));
+    }
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn layer(dir: &Path, name: &str) -> PathBuf {
+        let mut image = vec![0; 4096];
+        image[1024..1028].copy_from_slice(&0xe0f5_e1e2_u32.to_le_bytes());
+        image[1036] = 12;
+        image[1060] = 1;
+        fs::write(dir.join(name), image).unwrap();
+        dir.join(name)
+    }
+
+    #[test]
+    fn several_layers_become_partitions_in_their_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let layers = [layer(dir.path(), "top"), layer(dir.path(), "bottom")];
+        let storage = plan(&layers, Upper::Tmpfs(Size(1 << 20))).unwrap();
+        let [(slot, disk)] = &storage.disks[..] else { panic!("one disk") };
+        assert_eq!((*slot, disk.files.len(), disk.layout), (IMAGE_SLOT, 2, BlockLayout::Partitions));
+        assert!(disk.read_only);
+        let partitions: Vec<u32> = storage.rootfs.lower.iter().map(|source| source.partition).collect();
+        assert_eq!(partitions, [1, 2]);
+        assert_eq!(storage.rootfs.tmpfs_bytes(), 1 << 20);
+    }
+
+    #[test]
+    fn one_layer_is_the_whole_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let storage = plan(&[layer(dir.path(), "only")], Upper::None).unwrap();
+        assert_eq!(storage.disks[0].1.layout, BlockLayout::Whole);
+        assert_eq!(storage.rootfs.lower[0].partition, 0);
+        assert!(storage.rootfs.upper.is_none());
+    }
+
+    #[test]
+    fn too_many_layers_none_and_a_missing_one_are_refused() {
+        assert!(matches!(plan(&[], Upper::None), Err(StorageError::Layers(0))));
+        let many = vec![PathBuf::from("x"); LAYERS_MAX + 1];
+        assert!(matches!(plan(&many, Upper::None), Err(StorageError::Layers(_))));
+        assert!(matches!(plan(&["/nonexistent".into()], Upper::None), Err(StorageError::Layer(_))));
+    }
+
+    #[tokio::test]
+    async fn a_scratch_disk_is_an_ext4_that_takes_no_space_yet() {
+        use std::os::unix::fs::MetadataExt;
+
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("scratch.ext4");
+        let file = make_scratch(&path, Size(64 << 20)).await.unwrap();
+        assert_eq!(image_file::open(&path).unwrap().1, Format::Ext4);
+        assert!(file.metadata().unwrap().blocks() * 512 < 8 << 20);
+        let storage = plan(&[layer(dir.path(), "only")], Upper::Scratch(file)).unwrap();
+        assert_eq!(storage.disks[1].0, SCRATCH_SLOT);
+        assert_eq!(storage.rootfs.ext4().slot, u32::from(SCRATCH_SLOT));
+        assert!(matches!(make_scratch(&path, Size(1)).await, Err(StorageError::ScratchSize(_))));
+        assert!(matches!(make_scratch(&path, SCRATCH_MIN).await, Err(StorageError::Scratch(..))));
+    }
+}
