@@ -6,8 +6,8 @@ use super::tree::FileType;
 /// Size of a block in bytes: the page size of every host and guest that Bulkhead runs on, so that a block of the image is
 /// a page of the page cache.
 pub const BLOCK: u64 = 4096;
-/// [`BLOCK`] as an offset within a buffer.
-pub(super) const BLOCK_BYTES: usize = 4096;
+/// [`BLOCK`] as the size of a buffer.
+pub const BLOCK_BYTES: usize = 4096;
 const BLOCK_BITS: u8 = 12;
 
 /// Where the superblock starts.

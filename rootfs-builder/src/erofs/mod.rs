@@ -20,7 +20,7 @@ use std::io;
 
 pub use builder::{Builder, Options, Summary};
 pub use content::Extent;
-pub use format::{BLOCK, FILE_MAX, NAME_MAX, image_size};
+pub use format::{BLOCK, BLOCK_BYTES, FILE_MAX, NAME_MAX, image_size};
 pub use tree::{FileType, Metadata, NodeId, Special};
 pub use xattr::Xattrs;
 

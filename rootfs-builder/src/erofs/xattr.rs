@@ -57,6 +57,20 @@ impl Xattrs {
         Ok(())
     }
 
+    /// Adds an attribute that a container is to see through the overlay its layers are mounted with. Attributes of
+    /// overlayfs, which would steer that overlay, get another level of its prefix, which it takes off (Linux 6.7): they
+    /// are meant for an overlay inside the container.
+    ///
+    /// # Errors
+    /// As for [`Xattrs::add`].
+    pub fn add_below_overlay(&mut self, name: &[u8], value: &[u8]) -> Result<(), Error> {
+        const OVERLAY: &[u8] = b"trusted.overlay.";
+        match name.strip_prefix(OVERLAY) {
+            Some(inner) => self.add(&[OVERLAY, b"overlay.", inner].concat(), value),
+            None => self.add(name, value),
+        }
+    }
+
     /// Bytes that they take on disk and in memory.
     pub fn len(&self) -> usize {
         self.0.len()

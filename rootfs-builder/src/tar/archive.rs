@@ -4,7 +4,8 @@ use std::io::{self, Read};
 
 use tar_core::parse::{ParseEvent, Parser};
 
-use super::entry::Entry;
+use super::entry::{Entry, Kind};
+use super::path::components;
 use super::{Error, Limits};
 
 const BLOCK: u64 = 512;
@@ -141,11 +142,10 @@ impl<R: Read> Archive<R> {
             self.buffer.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
-        let wanted_room = wanted.max(2 * self.end).max(READ_BYTES);
-        if self.buffer.len() < wanted_room {
-            self.buffer.resize(wanted_room, 0);
+        let goal = wanted.max(2 * self.end);
+        if self.buffer.len() < goal {
+            self.buffer.resize(goal, 0);
         }
-        let goal = if wanted > self.end { wanted.max((2 * self.end).min(wanted_room)) } else { wanted };
         while self.end < goal {
             match self.source.read(&mut self.buffer[self.end..]) {
                 Ok(0) => break,
@@ -168,8 +168,8 @@ impl<R: Read> Archive<R> {
     }
 
     fn truncated(&self) -> Error {
-        if self.position == 0 && self.end == 0 {
-            return Error::Empty;
+        if self.position == 0 {
+            return Error::TooShort { length: self.end - self.start };
         }
         let offset = self.position + (self.end - self.start) as u64;
         Error::Truncated { offset, previous: self.previous.clone() }
@@ -194,4 +194,52 @@ impl<R: Read> Read for Archive<R> {
         self.position += count as u64;
         Ok(count)
     }
+}
+
+/// A file of an archive that is used in place.
+pub(crate) enum Listed {
+    /// Where its content is in the archive, and its size, in bytes.
+    File { offset: u64, size: u64 },
+    /// The name of the file that a hard or symbolic link leads to.
+    Link(String),
+}
+
+/// The files and links of an archive by their normalised names. Names that leave the root or are not UTF-8 are left out:
+/// nothing asks for them.
+pub(crate) fn list(
+    source: impl Read,
+    limits: &Limits,
+) -> impl Iterator<Item = Result<(String, Listed), Error>> {
+    let mut archive = Archive::new(source, *limits);
+    std::iter::from_fn(move || {
+        loop {
+            let entry = match archive.next() {
+                Ok(entry) => entry?,
+                Err(error) => return Some(Err(error)),
+            };
+            let offset = archive.position;
+            if let Some(found) = listed(&entry, offset) {
+                return Some(Ok(found));
+            }
+        }
+    })
+}
+
+fn listed(entry: &Entry, offset: u64) -> Option<(String, Listed)> {
+    let name = normalise(&entry.name)?;
+    let found = match &entry.kind {
+        Kind::File { size } => Listed::File { offset, size: *size },
+        Kind::HardLink(target) => Listed::Link(normalise(target)?),
+        Kind::Symlink(target) if target.starts_with(b"/") => return None,
+        Kind::Symlink(target) => {
+            let parent = name.rsplit_once('/').map_or("", |(parent, _)| parent);
+            Listed::Link(normalise(&[parent.as_bytes(), b"/", target].concat())?)
+        }
+        _ => return None,
+    };
+    Some((name, found))
+}
+
+fn normalise(name: &[u8]) -> Option<String> {
+    String::from_utf8(components(name)?.join(&b'/')).ok()
 }

@@ -117,11 +117,8 @@ fn xattrs(parsed: &ParsedEntry<'_>) -> Result<(Xattrs, u64), EntryError> {
         parsed.xattrs.iter().map(|(name, value)| (name.as_ref(), value.as_ref())).collect();
     let (mut xattrs, mut foreign) = (Xattrs::new(), 0);
     for (name, value) in sorted {
-        if let Some(inner) = name.strip_prefix(b"trusted.overlay.") {
-            // For the overlayfs inside the container, not for ours, which takes off one level (Linux 6.7).
-            xattrs.add(&[b"trusted.overlay.overlay.", inner].concat(), value)?;
-        } else if Xattrs::supports(name) {
-            xattrs.add(name, value)?;
+        if Xattrs::supports(name) {
+            xattrs.add_below_overlay(name, value)?;
         } else {
             foreign += 1;
         }

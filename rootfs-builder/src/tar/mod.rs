@@ -15,6 +15,7 @@ use tar_core::parse::ParseError;
 
 use crate::erofs;
 
+pub(crate) use archive::{Listed, list};
 pub use layer::{Report, append_layer};
 
 /// How much one layer may ask for.
@@ -62,9 +63,12 @@ pub enum Error {
     /// It does not begin like a tar archive.
     #[error("this is not a tar archive: its first header is invalid")]
     NotTar(#[source] ParseError),
-    /// There is nothing in the stream.
-    #[error("this is not a tar archive: it is empty")]
-    Empty,
+    /// There is not even one header in the stream.
+    #[error("this is not a tar archive: it has only {length} bytes")]
+    TooShort {
+        /// Its length in bytes.
+        length: usize,
+    },
     /// A header makes no sense.
     #[error("the header at byte {offset}, after entry {previous:?}, is invalid")]
     Header {
