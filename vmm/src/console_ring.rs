@@ -49,7 +49,8 @@ impl ConsoleRing {
         let written = unsafe { &*self.base.as_ptr().cast::<AtomicU64>() };
         let total = written.load(Ordering::Relaxed);
         let kept = &bytes[bytes.len().saturating_sub(CAPACITY)..];
-        let mut at = usize::try_from((total + (bytes.len() - kept.len()) as u64) % CAPACITY as u64).expect("below CAPACITY");
+        let mut at = usize::try_from((total + (bytes.len() - kept.len()) as u64) % CAPACITY as u64)
+            .expect("below CAPACITY");
         for part in [&kept[..kept.len().min(CAPACITY - at)], &kept[kept.len().min(CAPACITY - at)..]] {
             // SAFETY: `at + part.len()` is at most CAPACITY, and the ring of that many bytes follows the counter. The owner
             // may read at the same time and sees bytes of either age, which is all it expects.

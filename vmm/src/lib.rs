@@ -5,12 +5,23 @@
 //!
 //! - [`control`]: the socket and what is said on it; all that an owner needs
 //! - [`console_ring`]: the guest's console, readable by the owner
+//! - [`server`]: the VMM's end of it
+//! - [`machine`]: KVM, memory, vCPUs and board put together; [`board`], [`vcpu`], [`worker`]: its parts
+//! - [`snapshot`]: a machine in a file
 //! - [`memory`], [`arch`]: guest memory, and what is peculiar to x86_64
 //! - [`virtio`], [`devices`]: the transport and what is plugged into it
+//! - [`jail`]: giving up every privilege
 
 pub mod arch;
+pub mod board;
 pub mod console_ring;
 pub mod control;
 pub mod devices;
+pub mod jail;
+pub mod machine;
 pub mod memory;
+pub mod server;
+pub mod snapshot;
+pub mod vcpu;
 pub mod virtio;
+pub mod worker;

@@ -58,16 +58,16 @@ pub fn anonymous(mib: u32) -> Result<Memory, MemoryError> {
 ///
 /// # Errors
 /// As [`anonymous`].
-pub fn from_file(mib: u32, file: Arc<File>, offset: u64) -> Result<Memory, MemoryError> {
+pub fn from_file(mib: u32, file: &Arc<File>, offset: u64) -> Result<Memory, MemoryError> {
     build(mib, Some((file, offset)))
 }
 
-fn build(mib: u32, source: Option<(Arc<File>, u64)>) -> Result<Memory, MemoryError> {
-    let mut next = source.as_ref().map_or(0, |(_, offset)| *offset);
+fn build(mib: u32, source: Option<(&Arc<File>, u64)>) -> Result<Memory, MemoryError> {
+    let mut next = source.map_or(0, |(_, offset)| offset);
     let mut built = Vec::new();
     for (start, length) in regions(mib)? {
         let size = usize::try_from(length).map_err(|_| MemoryError::Size(mib))?;
-        let file = source.as_ref().map(|(file, _)| FileOffset::from_arc(Arc::clone(file), next));
+        let file = source.map(|(file, _)| FileOffset::from_arc(Arc::clone(file), next));
         let mut flags = libc::MAP_NORESERVE | libc::MAP_PRIVATE;
         if file.is_none() {
             flags |= libc::MAP_ANONYMOUS;
@@ -82,7 +82,7 @@ fn build(mib: u32, source: Option<(Arc<File>, u64)>) -> Result<Memory, MemoryErr
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::{Bytes, GuestMemory};
+    use vm_memory::{Bytes, GuestMemoryBackend};
 
     use super::*;
 
@@ -90,7 +90,10 @@ mod tests {
     fn memory_goes_around_the_device_registers() {
         assert_eq!(regions(1024).unwrap(), [(GuestAddress(0), 1 << 30)]);
         let split = regions(4096).unwrap();
-        assert_eq!(split, [(GuestAddress(0), MMIO_GAP_START), (GuestAddress(1 << 32), (4 << 30) - MMIO_GAP_START)]);
+        assert_eq!(
+            split,
+            [(GuestAddress(0), MMIO_GAP_START), (GuestAddress(1 << 32), (4 << 30) - MMIO_GAP_START)]
+        );
         assert!(matches!(regions(MEMORY_MIN_MIB - 1), Err(MemoryError::Size(63))));
         assert!(regions(u32::MAX).is_err());
     }
@@ -100,10 +103,10 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.set_len((64 << 20) + 4096).unwrap();
         let file = Arc::new(file);
-        let first = from_file(64, Arc::clone(&file), 4096).unwrap();
+        let first = from_file(64, &file, 4096).unwrap();
         first.write_obj(0xabcd_u32, GuestAddress(0x1000)).unwrap();
-        let second = from_file(64, file, 4096).unwrap();
+        let second = from_file(64, &file, 4096).unwrap();
         assert_eq!(second.read_obj::<u32>(GuestAddress(0x1000)).unwrap(), 0);
-        assert_eq!(second.last_addr(), GuestAddress((64 << 20) - 1));
+        assert_eq!(GuestMemoryBackend::last_addr(&second), GuestAddress((64 << 20) - 1));
     }
 }

@@ -3,6 +3,7 @@
 //! - [`balloon`]: gives memory that the guest has freed back to the host
 //! - [`block`]: disks of one file or of several
 //! - [`console`]: the guest's console
+//! - [`factory`]: devices from what the owner asks for
 //! - [`ports`]: the status port, the reset port and the serial port
 //! - [`rng`]: random bytes
 //! - [`vsock`]: stream sockets between guest and host
@@ -10,6 +11,7 @@
 pub mod balloon;
 pub mod block;
 pub mod console;
+pub mod factory;
 pub mod ports;
 pub mod rng;
 pub mod vsock;

@@ -84,8 +84,9 @@ impl SlotRegisters {
     pub fn set_bytes(&self, offset: usize, bytes: &[u8]) {
         for (at, byte) in (offset..PAGE).zip(bytes) {
             // SAFETY: `at` is inside this slot's page.
-            let cell: &AtomicU8 =
-                unsafe { &*self.pages.base.as_ptr().cast::<u8>().add(usize::from(self.slot) * PAGE + at).cast() };
+            let cell: &AtomicU8 = unsafe {
+                &*self.pages.base.as_ptr().cast::<u8>().add(usize::from(self.slot) * PAGE + at).cast()
+            };
             cell.store(*byte, Ordering::SeqCst);
         }
     }

@@ -1,12 +1,14 @@
 //! The MMIO transport, section 4.2 of the standard, and the plugging of devices into its slots.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
-use virtio_bindings::virtio_config::{VIRTIO_F_VERSION_1, VIRTIO_CONFIG_S_ACKNOWLEDGE as ACKNOWLEDGE};
+use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_ACKNOWLEDGE as ACKNOWLEDGE, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_config::{
-    VIRTIO_CONFIG_S_DRIVER as DRIVER, VIRTIO_CONFIG_S_DRIVER_OK as DRIVER_OK, VIRTIO_CONFIG_S_FAILED as FAILED,
-    VIRTIO_CONFIG_S_FEATURES_OK as FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET as NEEDS_RESET,
+    VIRTIO_CONFIG_S_DRIVER as DRIVER, VIRTIO_CONFIG_S_DRIVER_OK as DRIVER_OK,
+    VIRTIO_CONFIG_S_FAILED as FAILED, VIRTIO_CONFIG_S_FEATURES_OK as FEATURES_OK,
+    VIRTIO_CONFIG_S_NEEDS_RESET as NEEDS_RESET,
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueState, QueueT};
@@ -263,7 +265,10 @@ impl Slot {
         if let Some(kick) = plugged.kicks.get(queue) {
             let _ = kick.read();
         }
-        self.work(plugged, |device, io| if io.is_ready(queue) { device.process_queue(queue, io) } else { Ok(()) });
+        self.work(
+            plugged,
+            |device, io| if io.is_ready(queue) { device.process_queue(queue, io) } else { Ok(()) },
+        );
     }
 
     /// The device's host side is ready.
@@ -308,21 +313,9 @@ impl Slot {
         self.registers.set(regs::DEVICE_ID, PLACEHOLDER);
     }
 
-    /// The state of the slot's device, if it holds one.
-    pub fn save(&self) -> Option<SlotState> {
-        let guard = self.lock();
-        let plugged = guard.as_ref()?;
-        let interrupt_status = self.registers.word(regs::INTERRUPT_STATUS).load(std::sync::atomic::Ordering::SeqCst);
-        Some(SlotState {
-            status: plugged.status,
-            device_features_sel: plugged.device_features_sel,
-            driver_features_sel: plugged.driver_features_sel,
-            driver_features: plugged.driver_features,
-            queue_sel: plugged.queue_sel,
-            interrupt_status: u32::from_le(interrupt_status),
-            queues: plugged.queues.iter().map(|queue| SavedQueue::from(queue.state())).collect(),
-            device: plugged.device.save(),
-        })
+    /// Keeps the slot as it is until the result is dropped.
+    pub fn hold(&self) -> Held<'_> {
+        Held { slot: self, plugged: self.lock() }
     }
 
     /// Gives the slot's device, which has just been plugged, its saved state.
@@ -361,6 +354,31 @@ impl Slot {
         plugged.show(&self.registers);
         self.registers.set(regs::INTERRUPT_STATUS, state.interrupt_status);
         Ok(())
+    }
+}
+
+/// A slot in which nothing happens.
+#[derive(Debug)]
+pub struct Held<'a> {
+    slot: &'a Slot,
+    plugged: MutexGuard<'a, Option<Plugged>>,
+}
+
+impl Held<'_> {
+    /// The state of the slot's device, if it holds one.
+    pub fn save(&self) -> Option<SlotState> {
+        let plugged = self.plugged.as_ref()?;
+        let interrupt_status = self.slot.registers.word(regs::INTERRUPT_STATUS).load(Ordering::SeqCst);
+        Some(SlotState {
+            status: plugged.status,
+            device_features_sel: plugged.device_features_sel,
+            driver_features_sel: plugged.driver_features_sel,
+            driver_features: plugged.driver_features,
+            queue_sel: plugged.queue_sel,
+            interrupt_status: u32::from_le(interrupt_status),
+            queues: plugged.queues.iter().map(|queue| SavedQueue::from(queue.state())).collect(),
+            device: plugged.device.save(),
+        })
     }
 }
 

@@ -1,0 +1,17 @@
+//! The suite that needs real KVM. It runs as root where Bulkhead is installed: in the lab, or on a machine with KVM.
+
+mod boot;
+mod vm;
+
+use libtest_mimic::{Arguments, Trial};
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let tests = [boot::tests()].into_iter().flatten().collect();
+    libtest_mimic::run(&arguments, tests).exit();
+}
+
+/// A test under the name of the behaviour that it checks.
+fn trial(name: &str, test: fn() -> vm::Result) -> Trial {
+    Trial::test(name, move || test().map_err(|error| error.to_string().into()))
+}

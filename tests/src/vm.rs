@@ -1,0 +1,240 @@
+//! A VMM as its owner sees it: started, configured and steered by the control socket alone.
+
+use std::error::Error;
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use bulkhead_protocol::status;
+use bulkhead_vmm::console_ring;
+use bulkhead_vmm::control::message::{
+    Block, BlockLayout, Boot, Device, Event, Exit, Fd, FromOwner, FromVmm, Host, Reply, Request, Restore,
+};
+use bulkhead_vmm::control::socket::{ControlSocket, SocketError};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+/// What a test returns.
+pub(crate) type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
+
+/// The command line that a guest boots with; the VMM adds the slots.
+pub(crate) const CMDLINE: &str =
+    "console=hvc0 root=/dev/vda rootfstype=erofs ro init=/agent reboot=k panic=-1";
+
+pub(crate) const SLOT_ROOT: u8 = 0;
+pub(crate) const SLOT_VSOCK: u8 = 1;
+pub(crate) const SLOT_RNG: u8 = 2;
+pub(crate) const SLOT_CONSOLE: u8 = 3;
+pub(crate) const SLOT_BALLOON: u8 = 4;
+
+/// Where the installed artifacts are.
+pub(crate) fn artifact(name: &str) -> PathBuf {
+    let prefix =
+        std::env::var_os("BULKHEAD_PREFIX").map_or_else(|| PathBuf::from("/usr/local"), PathBuf::from);
+    prefix.join(name)
+}
+
+/// How a machine is made.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) memory_mib: u32,
+    pub(crate) vcpus: u8,
+    pub(crate) vcpus_max: u8,
+    pub(crate) cmdline: String,
+    pub(crate) kernel: PathBuf,
+    pub(crate) root: PathBuf,
+    pub(crate) serial: bool,
+    pub(crate) jailed: bool,
+}
+
+impl Default for Plan {
+    fn default() -> Self {
+        Self {
+            memory_mib: 256,
+            vcpus: 1,
+            vcpus_max: 1,
+            cmdline: CMDLINE.to_owned(),
+            kernel: artifact("share/bulkhead/vmlinux"),
+            root: artifact("share/bulkhead/guest.erofs"),
+            serial: false,
+            jailed: true,
+        }
+    }
+}
+
+/// A running VMM.
+pub(crate) struct Vm {
+    child: Child,
+    control: ControlSocket,
+    console: File,
+    directory: tempfile::TempDir,
+    next_id: u32,
+    events: Vec<Event>,
+}
+
+impl Vm {
+    /// Starts a VMM that waits for its first request.
+    pub(crate) fn spawn(plan: &Plan) -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let (control, theirs) = ControlSocket::pair()?;
+        let theirs = OwnedFd::from(theirs);
+        let mut command = Command::new(artifact("libexec/bulkhead/bulkhead-vmm"));
+        command.args(["--control-fd", &theirs.as_raw_fd().to_string()]).stdin(Stdio::null());
+        if plan.jailed {
+            let root = directory.path().join("root");
+            std::fs::create_dir(&root)?;
+            command.args(["--uid", "64001", "--gid", "64001", "--root"]).arg(root);
+        }
+        let fd = theirs.as_raw_fd();
+        // SAFETY: between fork and exec only one system call is made.
+        unsafe {
+            command.pre_exec(move || {
+                fcntl(BorrowedFd::borrow_raw(fd), FcntlArg::F_SETFD(FdFlag::empty()))?;
+                Ok(())
+            });
+        }
+        let child = command.spawn()?;
+        let console = File::from(memfd_create(c"console", MFdFlags::MFD_CLOEXEC)?);
+        console.set_len(console_ring::FILE_SIZE as u64)?;
+        Ok(Self { child, control, console, directory, next_id: 0, events: Vec::new() })
+    }
+
+    /// Starts a VMM and boots a machine with the four devices that every sandbox has, and a console.
+    pub(crate) fn boot(plan: &Plan) -> Result<Self> {
+        let mut vm = Self::spawn(plan)?;
+        let kernel = File::open(&plan.kernel)?;
+        let root = File::open(&plan.root)?;
+        let listener = vm.listen()?;
+        let kvm = kvm()?;
+        let console = vm.console.try_clone()?;
+        let request = Request::Boot(Boot {
+            host: Host { kvm: Fd(0), console: Fd(1), status_port: status::PORT },
+            memory_mib: plan.memory_mib,
+            vcpus: plan.vcpus,
+            vcpus_max: plan.vcpus_max,
+            kernel: Fd(2),
+            cmdline: plan.cmdline.clone(),
+            devices: devices(Fd(3), Fd(4)),
+            serial: plan.serial,
+        });
+        vm.request(request, &[kvm.as_fd(), console.as_fd(), kernel.as_fd(), root.as_fd(), listener.as_fd()])?;
+        Ok(vm)
+    }
+
+    /// Boots a machine and waits until its agent is ready.
+    pub(crate) fn ready(plan: &Plan) -> Result<Self> {
+        let mut vm = Self::boot(plan)?;
+        vm.wait_ready()?;
+        Ok(vm)
+    }
+
+    /// Makes the machine that is in `file`.
+    pub(crate) fn restore(plan: &Plan, file: &File) -> Result<Self> {
+        let mut vm = Self::spawn(plan)?;
+        let root = File::open(&plan.root)?;
+        let listener = vm.listen()?;
+        let kvm = kvm()?;
+        let console = vm.console.try_clone()?;
+        let request = Request::Restore(Restore {
+            host: Host { kvm: Fd(0), console: Fd(1), status_port: status::PORT },
+            file: Fd(2),
+            devices: devices(Fd(3), Fd(4)),
+        });
+        vm.request(request, &[kvm.as_fd(), console.as_fd(), file.as_fd(), root.as_fd(), listener.as_fd()])?;
+        Ok(vm)
+    }
+
+    fn listen(&self) -> Result<UnixListener> {
+        Ok(UnixListener::bind(self.vsock_path())?)
+    }
+
+    /// The Unix socket that leads to the guest's vsock.
+    pub(crate) fn vsock_path(&self) -> PathBuf {
+        self.directory.path().join("vsock")
+    }
+
+    /// Sends a request and waits for its reply. Events that come first are kept.
+    pub(crate) fn request(&mut self, request: Request, fds: &[BorrowedFd<'_>]) -> Result<Reply> {
+        let id = self.next_id;
+        self.next_id += 1;
+        self.control.send(&FromOwner { id, request }, fds)?;
+        loop {
+            match self.control.receive::<FromVmm>()?.0 {
+                FromVmm::Event(event) => self.events.push(event),
+                FromVmm::Reply { id: answered, reply } if answered == id => return Ok(reply?),
+                FromVmm::Reply { id: other, .. } => {
+                    return Err(format!("reply to {other}, not to {id}").into());
+                }
+            }
+        }
+    }
+
+    /// The next event.
+    pub(crate) fn event(&mut self) -> Result<Event> {
+        if !self.events.is_empty() {
+            return Ok(self.events.remove(0));
+        }
+        match self.control.receive::<FromVmm>() {
+            Ok((FromVmm::Event(event), _)) => Ok(event),
+            Ok((other, _)) => Err(format!("expected an event, got {other:?}").into()),
+            Err(SocketError::Closed) => Err(format!("the VMM is gone; console:\n{}", self.console()?).into()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    pub(crate) fn wait_ready(&mut self) -> Result {
+        match self.event()? {
+            Event::Status(status::READY) => Ok(()),
+            other => Err(format!("{other:?} instead of ready; console:\n{}", self.console()?).into()),
+        }
+    }
+
+    /// Waits for the machine's end.
+    pub(crate) fn wait_exit(&mut self) -> Result<Exit> {
+        loop {
+            if let Event::Exited(exit) = self.event()? {
+                return Ok(exit);
+            }
+        }
+    }
+
+    /// What the guest has printed.
+    pub(crate) fn console(&self) -> Result<String> {
+        Ok(String::from_utf8_lossy(&console_ring::read(&self.console)?).into_owned())
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn devices(root: Fd, vsock: Fd) -> Vec<(u8, Device)> {
+    let root =
+        Block { files: vec![root], layout: BlockLayout::Whole, read_only: true, serial: "guest".to_owned() };
+    vec![
+        (SLOT_ROOT, Device::Block(root)),
+        (SLOT_VSOCK, Device::Vsock { listener: vsock, cid: 3 }),
+        (SLOT_RNG, Device::Rng),
+        (SLOT_CONSOLE, Device::Console),
+        (SLOT_BALLOON, Device::Balloon),
+    ]
+}
+
+pub(crate) fn kvm() -> Result<File> {
+    Ok(OpenOptions::new().read(true).write(true).open("/dev/kvm")?)
+}
+
+/// A file of `/proc/PID` of a process.
+pub(crate) fn proc_file(pid: u32, name: &str) -> Result<String> {
+    Ok(std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join(name))?)
+}
