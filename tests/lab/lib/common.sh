@@ -42,8 +42,8 @@ debian_tree() {
   [[ -n $mirror ]] || mirror=$(debian_mirror)
   ((EUID == 0)) || die "building an image takes root"
   [[ -e /usr/share/keyrings/debian-archive-keyring.gpg ]] || die "missing: debian-archive-keyring"
-  unshare --mount --pid --fork --kill-child \
-    mmdebstrap --quiet --mode=root --format=directory --include="$packages" "$@" \
+  setpriv --pdeathsig KILL unshare --mount --pid --fork --kill-child \
+    mmdebstrap --quiet --mode=root --format=directory ${packages:+--include="$packages"} "$@" \
     trixie "$dir" "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror trixie main"
 }
 

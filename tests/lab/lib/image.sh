@@ -11,12 +11,12 @@ left_out=(
 )
 
 lab_image() {
-  cached "lab/$(hash_of "$here/recipe" "$here/lib/image.sh")" build_lab_image
+  cached "lab/$(hash_of "$here/recipe" "$here/lib/"{common,image}.sh)" build_lab_image
 }
 
 build_lab_image() {
   local dir=$1 packages
-  need mmdebstrap mkfs.ext4 ssh-keygen unshare
+  need mmdebstrap mkfs.ext4 ssh-keygen unshare setpriv
   say "building the lab's image (about a minute)"
   packages=$(sed 's/#.*//' "$here/recipe/packages" | xargs | tr ' ' ,)
   debian_tree "$dir/root" "$packages" --variant=essential \
