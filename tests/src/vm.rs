@@ -18,20 +18,20 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 /// What a test returns.
-pub(crate) type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
+pub type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
 
 /// The command line that a guest boots with; the VMM adds the slots.
-pub(crate) const CMDLINE: &str =
+pub const CMDLINE: &str =
     "console=hvc0 root=/dev/vda rootfstype=erofs ro init=/agent reboot=k panic=-1";
 
-pub(crate) const SLOT_ROOT: u8 = 0;
-pub(crate) const SLOT_VSOCK: u8 = 1;
-pub(crate) const SLOT_RNG: u8 = 2;
-pub(crate) const SLOT_CONSOLE: u8 = 3;
-pub(crate) const SLOT_BALLOON: u8 = 4;
+pub const SLOT_ROOT: u8 = 0;
+pub const SLOT_VSOCK: u8 = 1;
+pub const SLOT_RNG: u8 = 2;
+pub const SLOT_CONSOLE: u8 = 3;
+pub const SLOT_BALLOON: u8 = 4;
 
 /// Where the installed artifacts are.
-pub(crate) fn artifact(name: &str) -> PathBuf {
+pub fn artifact(name: &str) -> PathBuf {
     let prefix =
         std::env::var_os("BULKHEAD_PREFIX").map_or_else(|| PathBuf::from("/usr/local"), PathBuf::from);
     prefix.join(name)
@@ -39,15 +39,15 @@ pub(crate) fn artifact(name: &str) -> PathBuf {
 
 /// How a machine is made.
 #[derive(Clone, Debug)]
-pub(crate) struct Plan {
-    pub(crate) memory_mib: u32,
-    pub(crate) vcpus: u8,
-    pub(crate) vcpus_max: u8,
-    pub(crate) cmdline: String,
-    pub(crate) kernel: PathBuf,
-    pub(crate) root: PathBuf,
-    pub(crate) serial: bool,
-    pub(crate) jailed: bool,
+pub struct Plan {
+    pub memory_mib: u32,
+    pub vcpus: u8,
+    pub vcpus_max: u8,
+    pub cmdline: String,
+    pub kernel: PathBuf,
+    pub root: PathBuf,
+    pub serial: bool,
+    pub jailed: bool,
 }
 
 impl Default for Plan {
@@ -66,18 +66,19 @@ impl Default for Plan {
 }
 
 /// A running VMM.
-pub(crate) struct Vm {
+pub struct Vm {
     child: Child,
     control: ControlSocket,
     console: File,
     directory: tempfile::TempDir,
     next_id: u32,
     events: Vec<Event>,
+    running: Option<Reply>,
 }
 
 impl Vm {
     /// Starts a VMM that waits for its first request.
-    pub(crate) fn spawn(plan: &Plan) -> Result<Self> {
+    pub fn spawn(plan: &Plan) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let (control, theirs) = ControlSocket::pair()?;
         let theirs = OwnedFd::from(theirs);
@@ -99,11 +100,11 @@ impl Vm {
         let child = command.spawn()?;
         let console = File::from(memfd_create(c"console", MFdFlags::MFD_CLOEXEC)?);
         console.set_len(console_ring::FILE_SIZE as u64)?;
-        Ok(Self { child, control, console, directory, next_id: 0, events: Vec::new() })
+        Ok(Self { child, control, console, directory, next_id: 0, events: Vec::new(), running: None })
     }
 
     /// Starts a VMM and boots a machine with the four devices that every sandbox has, and a console.
-    pub(crate) fn boot(plan: &Plan) -> Result<Self> {
+    pub fn boot(plan: &Plan) -> Result<Self> {
         let mut vm = Self::spawn(plan)?;
         let kernel = File::open(&plan.kernel)?;
         let root = File::open(&plan.root)?;
@@ -120,19 +121,20 @@ impl Vm {
             devices: devices(Fd(3), Fd(4)),
             serial: plan.serial,
         });
-        vm.request(request, &[kvm.as_fd(), console.as_fd(), kernel.as_fd(), root.as_fd(), listener.as_fd()])?;
+        let fds = [kvm.as_fd(), console.as_fd(), kernel.as_fd(), root.as_fd(), listener.as_fd()];
+        vm.running = Some(vm.request(request, &fds)?);
         Ok(vm)
     }
 
     /// Boots a machine and waits until its agent is ready.
-    pub(crate) fn ready(plan: &Plan) -> Result<Self> {
+    pub fn ready(plan: &Plan) -> Result<Self> {
         let mut vm = Self::boot(plan)?;
         vm.wait_ready()?;
         Ok(vm)
     }
 
     /// Makes the machine that is in `file`.
-    pub(crate) fn restore(plan: &Plan, file: &File) -> Result<Self> {
+    pub fn restore(plan: &Plan, file: &File) -> Result<Self> {
         let mut vm = Self::spawn(plan)?;
         let root = File::open(&plan.root)?;
         let listener = vm.listen()?;
@@ -152,12 +154,12 @@ impl Vm {
     }
 
     /// The Unix socket that leads to the guest's vsock.
-    pub(crate) fn vsock_path(&self) -> PathBuf {
+    pub fn vsock_path(&self) -> PathBuf {
         self.directory.path().join("vsock")
     }
 
     /// Sends a request and waits for its reply. Events that come first are kept.
-    pub(crate) fn request(&mut self, request: Request, fds: &[BorrowedFd<'_>]) -> Result<Reply> {
+    pub fn request(&mut self, request: Request, fds: &[BorrowedFd<'_>]) -> Result<Reply> {
         let id = self.next_id;
         self.next_id += 1;
         self.control.send(&FromOwner { id, request }, fds)?;
@@ -173,7 +175,7 @@ impl Vm {
     }
 
     /// The next event.
-    pub(crate) fn event(&mut self) -> Result<Event> {
+    pub fn event(&mut self) -> Result<Event> {
         if !self.events.is_empty() {
             return Ok(self.events.remove(0));
         }
@@ -185,7 +187,11 @@ impl Vm {
         }
     }
 
-    pub(crate) fn wait_ready(&mut self) -> Result {
+    /// Waits until the agent says that it is ready.
+    ///
+    /// # Errors
+    /// With the console, when something else happens.
+    pub fn wait_ready(&mut self) -> Result {
         match self.event()? {
             Event::Status(status::READY) => Ok(()),
             other => Err(format!("{other:?} instead of ready; console:\n{}", self.console()?).into()),
@@ -193,7 +199,7 @@ impl Vm {
     }
 
     /// Waits for the machine's end.
-    pub(crate) fn wait_exit(&mut self) -> Result<Exit> {
+    pub fn wait_exit(&mut self) -> Result<Exit> {
         loop {
             if let Event::Exited(exit) = self.event()? {
                 return Ok(exit);
@@ -202,11 +208,17 @@ impl Vm {
     }
 
     /// What the guest has printed.
-    pub(crate) fn console(&self) -> Result<String> {
+    pub fn console(&self) -> Result<String> {
         Ok(String::from_utf8_lossy(&console_ring::read(&self.console)?).into_owned())
     }
 
-    pub(crate) fn pid(&self) -> u32 {
+    /// When the machine came to run.
+    pub fn running(&self) -> Reply {
+        self.running.expect("a machine that was booted")
+    }
+
+    /// The VMM's process.
+    pub fn pid(&self) -> u32 {
         self.child.id()
     }
 }
@@ -230,11 +242,11 @@ fn devices(root: Fd, vsock: Fd) -> Vec<(u8, Device)> {
     ]
 }
 
-pub(crate) fn kvm() -> Result<File> {
+pub fn kvm() -> Result<File> {
     Ok(OpenOptions::new().read(true).write(true).open("/dev/kvm")?)
 }
 
 /// A file of `/proc/PID` of a process.
-pub(crate) fn proc_file(pid: u32, name: &str) -> Result<String> {
+pub fn proc_file(pid: u32, name: &str) -> Result<String> {
     Ok(std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join(name))?)
 }

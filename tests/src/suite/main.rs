@@ -1,8 +1,8 @@
 //! The suite that needs real KVM. It runs as root where Bulkhead is installed: in the lab, or on a machine with KVM.
 
 mod boot;
-mod vm;
 
+use bulkhead_tests::vm;
 use libtest_mimic::{Arguments, Trial};
 
 fn main() {

@@ -1,0 +1,3 @@
+//! What the suite and the benchmarks share: a VMM steered by hand.
+
+pub mod vm;
