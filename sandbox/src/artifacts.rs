@@ -95,6 +95,19 @@ impl Artifacts {
         Ok(file)
     }
 
+    /// The kernel's release as it says itself (`6.12.48`), if it can be found.
+    pub fn kernel_version(&self) -> Option<String> {
+        const BANNER: &[u8] = b"Linux version ";
+        let content = std::fs::read(&self.kernel).ok()?;
+        // The format string `Linux version %s (%s)` comes first in some kernels.
+        let mut banners = content.windows(BANNER.len()).enumerate().filter(|(_, window)| *window == BANNER);
+        banners.find_map(|(at, _)| {
+            let release = content[at + BANNER.len()..].split(|byte| *byte == b' ').next()?;
+            let good = release.first()?.is_ascii_digit() && release.len() < 64;
+            good.then(|| crate::console::escape(release))
+        })
+    }
+
     /// Opens the guest's image, which must be whole.
     ///
     /// # Errors
@@ -164,6 +177,13 @@ mod tests {
         assert!(matches!(cut, Err(ArtifactsError::TruncatedKernel(_))));
         let overflow = artifacts(&elf(u64::MAX), b"").1.open_kernel();
         assert!(matches!(overflow, Err(ArtifactsError::NotAKernel(_))));
+    }
+
+    #[test]
+    fn the_kernels_release_is_that_of_its_banner() {
+        let kernel = b"..Linux version %s (%s)\0..Linux version 6.12.48 (builder@host)..";
+        assert_eq!(artifacts(kernel, b"").1.kernel_version().as_deref(), Some("6.12.48"));
+        assert_eq!(artifacts(b"nothing", b"").1.kernel_version(), None);
     }
 
     #[test]

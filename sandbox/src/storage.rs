@@ -103,6 +103,13 @@ pub fn plan(layers: &[PathBuf], upper: Upper) -> Result<Storage, StorageError> {
     Ok(Storage { disks, rootfs: Rootfs { lower, upper, ..Default::default() } })
 }
 
+/// Plans a root that is one disk with an ext4, which the container writes to.
+pub fn plan_ext4(disk: File) -> Storage {
+    let disk = Disk { files: vec![disk], layout: BlockLayout::Whole, read_only: false };
+    let upper = Some(rootfs::Upper::Ext4(source(SCRATCH_SLOT, 0)));
+    Storage { disks: vec![(SCRATCH_SLOT, disk)], rootfs: Rootfs { upper, ..Default::default() } }
+}
+
 fn source(slot: u8, partition: u32) -> BlockSource {
     BlockSource { slot: slot.into(), partition, ..Default::default() }
 }
@@ -172,6 +179,13 @@ mod tests {
         assert_eq!(storage.disks[0].1.layout, BlockLayout::Whole);
         assert_eq!(storage.rootfs.lower[0].partition, 0);
         assert!(storage.rootfs.upper.is_none());
+    }
+
+    #[test]
+    fn an_ext4_is_a_root_without_layers() {
+        let storage = plan_ext4(tempfile::tempfile().unwrap());
+        assert!(storage.rootfs.lower.is_empty() && !storage.disks[0].1.read_only);
+        assert_eq!(storage.rootfs.ext4().slot, u32::from(storage.disks[0].0));
     }
 
     #[test]

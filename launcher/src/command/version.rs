@@ -1,0 +1,27 @@
+//! `version`: what is installed.
+
+use std::path::Path;
+
+use bulkhead_protocol::limits::PROTOCOL_VERSION;
+use bulkhead_sandbox::artifacts::Artifacts;
+use bulkhead_sandbox::config::{CONFIG_FILE, Config};
+
+use super::table::table;
+use crate::failure::Failure;
+use crate::message;
+
+/// Shows versions and places.
+pub(crate) fn version() -> Result<u8, Failure> {
+    let config = Config::load(Path::new(CONFIG_FILE))?;
+    let artifacts = Artifacts::locate(&config.paths)?;
+    let kernel = artifacts.kernel_version().unwrap_or_else(|| "not installed".into());
+    let row = |name: &str, value: String| vec![name.to_owned(), value];
+    message::result(&table(&[
+        row("bulkhead", env!("CARGO_PKG_VERSION").into()),
+        row("agent protocol", PROTOCOL_VERSION.to_string()),
+        row("VMM", artifacts.vmm.display().to_string()),
+        row("guest kernel", format!("{} ({kernel})", artifacts.kernel.display())),
+        row("guest image", artifacts.guest_image.display().to_string()),
+    ]));
+    Ok(0)
+}

@@ -1,0 +1,439 @@
+//! All containers. Each has a data directory, and while it runs a run directory whose lock its launcher holds: a run
+//! directory that nobody has locked belongs to a launcher that was killed.
+
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, getpid, pidfd_open};
+
+use super::name;
+use super::record::{self, Outcome, RECORD_FILE, RUNNING_FILE, Record, Running};
+use crate::failure::Failure;
+use crate::paths::Paths;
+
+/// Name of the lock in a run directory, and of the one for the whole registry.
+const LOCK_FILE: &str = ".lock";
+/// The exit code of a container whose launcher was killed: that of a SIGKILL.
+const EXIT_KILLED: u8 = 137;
+
+/// All containers of this host.
+#[derive(Clone, Debug)]
+pub(crate) struct Registry {
+    paths: Paths,
+}
+
+/// What a container is doing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    /// It runs, or its machine is being made.
+    Live(Running),
+    /// It has ended.
+    Exited(Outcome),
+}
+
+/// A container as it was found.
+#[derive(Clone, Debug)]
+pub(crate) struct Container {
+    /// What it is.
+    pub(crate) record: Record,
+    /// What it is doing.
+    pub(crate) state: State,
+}
+
+/// The right to run a container, held by its launcher. When the launcher ends without [`finish`](Self::finish), whoever
+/// comes next cleans up.
+#[derive(Debug)]
+pub(crate) struct Claim {
+    /// The data directory.
+    pub(crate) data: PathBuf,
+    /// The run directory.
+    pub(crate) run: PathBuf,
+    _lock: File,
+}
+
+impl Registry {
+    /// The registry, its directories made if need be.
+    pub(crate) fn open(paths: &Paths) -> Result<Self, Failure> {
+        for directory in [&paths.data, &paths.run, &paths.data.join("containers")] {
+            private_directory(directory)?;
+        }
+        Ok(Self { paths: paths.clone() })
+    }
+
+    /// Writes down a new container and claims it. A name that another container has is refused.
+    pub(crate) fn create(&self, record: &Record, wants_name: bool) -> Result<Claim, Failure> {
+        let _lock = self.lock()?;
+        self.sweep()?;
+        if wants_name {
+            let taken = self.records()?.into_iter().find(|other| other.name == record.name);
+            if let Some(other) = taken {
+                return Err(Failure::new(format!(
+                    "the name {:?} is that of container {}: remove it with `bulkhead rm`, or take another name",
+                    record.name, other.id
+                )));
+            }
+        }
+        let (data, run) = (self.paths.container_data(&record.id), self.paths.container_run(&record.id));
+        private_directory(&run)?;
+        let lock = lock_file(&run)?;
+        flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
+        private_directory(&data)?;
+        let claim = Claim { data, run, _lock: lock };
+        claim.running(None)?;
+        record::write(&claim.data, RECORD_FILE, record)?;
+        Ok(claim)
+    }
+
+    /// All containers, the oldest first.
+    pub(crate) fn list(&self) -> Result<Vec<Container>, Failure> {
+        let _lock = self.lock()?;
+        self.sweep()?;
+        let mut containers = Vec::new();
+        for record in self.records()? {
+            let run = self.paths.container_run(&record.id);
+            let state = match &record.outcome {
+                Some(outcome) => State::Exited(outcome.clone()),
+                // Neither outcome nor run directory: the host went down.
+                None if !run.exists() => match self.bury(&record)? {
+                    Some(outcome) => State::Exited(outcome),
+                    None => continue,
+                },
+                None => match record::read(&run, RUNNING_FILE)? {
+                    Some(running) => State::Live(running),
+                    // Removed by its launcher since it was listed.
+                    None => continue,
+                },
+            };
+            containers.push(Container { record, state });
+        }
+        containers.sort_by_key(|container| container.record.created_at_ns);
+        Ok(containers)
+    }
+
+    /// The container of this name, of this id, or the only one whose id begins like this.
+    pub(crate) fn find(&self, reference: &str) -> Result<Container, Failure> {
+        let containers = self.list()?;
+        let exact = |c: &&Container| c.record.name == reference || c.record.id == reference;
+        if let Some(found) = containers.iter().find(exact) {
+            return Ok(found.clone());
+        }
+        let mut matching =
+            containers.iter().filter(|c| !reference.is_empty() && c.record.id.starts_with(reference));
+        let shown: String = reference.chars().take(64).collect();
+        match (matching.next(), matching.next()) {
+            (Some(found), None) => Ok(found.clone()),
+            (None, _) => {
+                Err(Failure::new(format!("there is no container {shown:?}: `bulkhead ps -a` lists all")))
+            }
+            (Some(_), Some(_)) => {
+                Err(Failure::new(format!("{shown:?} is the beginning of several ids: give more of it")))
+            }
+        }
+    }
+
+    /// Removes what is kept of a container that does not run.
+    pub(crate) fn remove(&self, id: &str) -> Result<(), Failure> {
+        let _lock = self.lock()?;
+        self.sweep()?;
+        if self.paths.container_run(id).exists() {
+            return Err(Failure::new(format!(
+                "container {id} is running: stop it first, or use `bulkhead rm -f`"
+            )));
+        }
+        remove_directory(&self.paths.container_data(id))
+    }
+
+    /// A handle on the process that runs a container; `None` when it has gone.
+    pub(crate) fn supervisor(&self, container: &Container) -> Result<Option<OwnedFd>, Failure> {
+        let State::Live(running) = container.state else { return Ok(None) };
+        let Some(pid) = Pid::from_raw(running.supervisor_pid) else { return Ok(None) };
+        let handle = match pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(handle) => handle,
+            Err(Errno::SRCH) => return Ok(None),
+            Err(errno) => return Err(Failure::from(errno).context("cannot watch the container's launcher")),
+        };
+        // Only if the lock is still held after that, the process of this number is the one that holds it.
+        let run = self.paths.container_run(&container.record.id);
+        Ok(if run.exists() && is_locked(&run)? { Some(handle) } else { None })
+    }
+
+    /// Where connections to a running container's guest are made.
+    pub(crate) fn socket(&self, id: &str) -> PathBuf {
+        self.paths.container_run(id).join(SOCKET_FILE)
+    }
+
+    /// The run directory of a container.
+    #[cfg(test)]
+    fn run_directory(&self, id: &str) -> PathBuf {
+        self.paths.container_run(id)
+    }
+
+    /// The data directory of a container.
+    pub(crate) fn data_directory(&self, id: &str) -> PathBuf {
+        self.paths.container_data(id)
+    }
+
+    /// Nobody else makes or finds containers while the result lives.
+    fn lock(&self) -> Result<File, Failure> {
+        let lock = lock_file(&self.paths.run)?;
+        flock(&lock, FlockOperation::LockExclusive)?;
+        Ok(lock)
+    }
+
+    /// Cleans up after launchers that were killed. Their VMMs ended with them.
+    fn sweep(&self) -> Result<(), Failure> {
+        for run in subdirectories(&self.paths.run)? {
+            let Some(id) =
+                run.file_name().and_then(|name| name.to_str()).filter(|name| !name.starts_with('.'))
+            else {
+                continue;
+            };
+            if is_locked(&run)? {
+                continue;
+            }
+            let data = self.paths.container_data(id);
+            match record::read::<Record>(&data, RECORD_FILE) {
+                Ok(Some(record)) if record.outcome.is_none() => drop(self.bury(&record)?),
+                Ok(Some(_)) => {}
+                // Killed before it had written anything that could be read.
+                Ok(None) | Err(_) => remove_directory(&data)?,
+            }
+            remove_directory(&run)?;
+        }
+        Ok(())
+    }
+
+    /// Writes down that a container's launcher was killed, or forgets the container if nothing was to be kept of it.
+    fn bury(&self, record: &Record) -> Result<Option<Outcome>, Failure> {
+        let data = self.paths.container_data(&record.id);
+        if record.auto_remove {
+            remove_directory(&data)?;
+            return Ok(None);
+        }
+        let outcome = Outcome {
+            exit_code: EXIT_KILLED,
+            finished_at_ns: record::now_ns(),
+            error: Some("the launcher that ran this container was killed".into()),
+        };
+        remove_disks(&data)?;
+        record::write(&data, RECORD_FILE, &Record { outcome: Some(outcome.clone()), ..record.clone() })?;
+        Ok(Some(outcome))
+    }
+
+    fn records(&self) -> Result<Vec<Record>, Failure> {
+        let mut records = Vec::new();
+        for data in subdirectories(&self.paths.data.join("containers"))? {
+            records.extend(record::read::<Record>(&data, RECORD_FILE)?);
+        }
+        Ok(records)
+    }
+}
+
+impl Claim {
+    /// The scratch disk's place.
+    pub(crate) fn scratch(&self) -> PathBuf {
+        self.data.join(SCRATCH_FILE)
+    }
+
+    /// The place of the root that was packed from a directory.
+    pub(crate) fn packed_root(&self) -> PathBuf {
+        self.data.join(PACKED_FILE)
+    }
+
+    /// Where connections to the guest are made.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.run.join(SOCKET_FILE)
+    }
+
+    /// Writes down who runs the container: this process, and the VMM if there is one already.
+    pub(crate) fn running(&self, vmm_pid: Option<u32>) -> Result<(), Failure> {
+        let supervisor_pid = getpid().as_raw_nonzero().get();
+        record::write(&self.run, RUNNING_FILE, &Running { supervisor_pid, vmm_pid })
+    }
+
+    /// Writes down how the container ended, or removes what there is of it if `outcome` is `None`.
+    pub(crate) fn finish(self, record: &Record, outcome: Option<Outcome>) -> Result<(), Failure> {
+        if outcome.is_none() {
+            remove_directory(&self.data)?;
+        } else {
+            remove_disks(&self.data)?;
+            record::write(&self.data, RECORD_FILE, &Record { outcome, ..record.clone() })?;
+        }
+        remove_directory(&self.run)
+    }
+}
+
+const SCRATCH_FILE: &str = "scratch.ext4";
+const PACKED_FILE: &str = "root.erofs";
+const SOCKET_FILE: &str = "vsock";
+
+/// Removes the disks of a container that has ended.
+fn remove_disks(data: &Path) -> Result<(), Failure> {
+    for name in [SCRATCH_FILE, PACKED_FILE] {
+        match fs::remove_file(data.join(name)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(Failure::from(e).context(&format!("cannot remove {}", data.join(name).display())));
+            }
+            Ok(()) | Err(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Makes a directory, and those above it, that only its owner may enter.
+pub(crate) fn private_directory(path: &Path) -> Result<(), Failure> {
+    let made = DirBuilder::new().mode(0o700).recursive(true).create(path);
+    made.map_err(|e| Failure::from(e).context(&format!("cannot make the directory {}", path.display())))
+}
+
+fn remove_directory(path: &Path) -> Result<(), Failure> {
+    match fs::remove_dir_all(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(Failure::from(e).context(&format!("cannot remove {}", path.display())))
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+fn subdirectories(path: &Path) -> Result<Vec<PathBuf>, Failure> {
+    let failed = |e| Failure::from(e).context(&format!("cannot list {}", path.display()));
+    let mut found = Vec::new();
+    for entry in fs::read_dir(path).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        if entry.file_type().map_err(failed)?.is_dir() {
+            found.push(entry.path());
+        }
+    }
+    Ok(found)
+}
+
+fn lock_file(directory: &Path) -> Result<File, Failure> {
+    let path = directory.join(LOCK_FILE);
+    let file = File::options().read(true).write(true).create(true).truncate(false).open(&path);
+    file.map_err(|e| Failure::from(e).context(&format!("cannot open the lock {}", path.display())))
+}
+
+fn is_locked(directory: &Path) -> Result<bool, Failure> {
+    let lock = lock_file(directory)?;
+    match flock(&lock, FlockOperation::NonBlockingLockShared) {
+        Ok(()) => Ok(false),
+        Err(Errno::WOULDBLOCK) => Ok(true),
+        Err(errno) => Err(Failure::from(errno).context("cannot tell whether a container runs")),
+    }
+}
+
+/// A record for a new container.
+pub(crate) fn new_record(wanted_name: Option<&str>) -> Result<Record, Failure> {
+    if let Some(wanted) = wanted_name {
+        name::check(wanted)?;
+    }
+    let (id, generated) = name::generate()?;
+    Ok(Record {
+        id,
+        name: wanted_name.map_or(generated, str::to_owned),
+        image: String::new(),
+        command: Vec::new(),
+        created_at_ns: record::now_ns(),
+        auto_remove: false,
+        stop_signal: 15,
+        process: oci_spec::runtime::Process::default(),
+        user: String::new(),
+        outcome: None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn registry() -> (tempfile::TempDir, Registry) {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths { data: dir.path().join("data"), run: dir.path().join("run") };
+        let registry = Registry::open(&paths).unwrap();
+        (dir, registry)
+    }
+
+    fn outcome(exit_code: u8) -> Outcome {
+        Outcome { exit_code, finished_at_ns: 1, error: None }
+    }
+
+    #[test]
+    fn a_container_is_creating_then_running_then_exited() {
+        let (_dir, registry) = registry();
+        let record = new_record(Some("web")).unwrap();
+        let claim = registry.create(&record, true).unwrap();
+        let State::Live(creating) = registry.find("web").unwrap().state else { panic!("not creating") };
+        assert_eq!(creating.vmm_pid, None);
+        claim.running(Some(2)).unwrap();
+        let container = registry.find(&record.id[..3]).unwrap();
+        assert_eq!(container.state, State::Live(Running { vmm_pid: Some(2), ..creating }));
+        assert!(registry.supervisor(&container).unwrap().is_some());
+        assert!(registry.remove(&record.id).is_err());
+        claim.finish(&record, Some(outcome(3))).unwrap();
+        assert_eq!(registry.find(&record.id).unwrap().state, State::Exited(outcome(3)));
+        assert!(!registry.run_directory(&record.id).exists());
+        assert!(registry.supervisor(&container).unwrap().is_none());
+        registry.remove(&record.id).unwrap();
+        assert!(registry.find("web").is_err());
+    }
+
+    #[test]
+    fn a_name_is_taken_once() {
+        let (_dir, registry) = registry();
+        let claim = registry.create(&new_record(Some("web")).unwrap(), true).unwrap();
+        let error = registry.create(&new_record(Some("web")).unwrap(), true).unwrap_err();
+        assert!(error.to_string().contains("bulkhead rm"), "{error}");
+        drop(claim);
+    }
+
+    #[test]
+    fn what_a_killed_launcher_left_is_cleaned_up_by_the_next_command() {
+        let (_dir, registry) = registry();
+        let kept = new_record(None).unwrap();
+        let gone = Record { auto_remove: true, ..new_record(None).unwrap() };
+        let claims = [registry.create(&kept, false).unwrap(), registry.create(&gone, false).unwrap()];
+        fs::write(claims[0].scratch(), "x").unwrap();
+        // The lock goes with the process; nothing else of it does.
+        drop(claims);
+        let containers = registry.list().unwrap();
+        let [container] = &containers[..] else { panic!("{containers:?}") };
+        let State::Exited(outcome) = &container.state else { panic!("{container:?}") };
+        assert_eq!((container.record.id.as_str(), outcome.exit_code), (kept.id.as_str(), 137));
+        assert!(!registry.data_directory(&kept.id).join(SCRATCH_FILE).exists());
+        for path in [
+            registry.run_directory(&kept.id),
+            registry.run_directory(&gone.id),
+            registry.data_directory(&gone.id),
+        ] {
+            assert!(!path.exists(), "{}", path.display());
+        }
+    }
+
+    #[test]
+    fn a_reboot_leaves_no_container_running() {
+        let (_dir, registry) = registry();
+        let record = new_record(None).unwrap();
+        drop(registry.create(&record, false).unwrap());
+        fs::remove_dir_all(registry.run_directory(&record.id)).unwrap();
+        assert!(matches!(registry.find(&record.id).unwrap().state, State::Exited(_)));
+    }
+
+    #[test]
+    fn the_beginning_of_several_ids_names_none() {
+        let (_dir, registry) = registry();
+        let mut claims = Vec::new();
+        for id in ["aa11", "aa22"] {
+            claims.push(
+                registry.create(&Record { id: id.into(), ..new_record(None).unwrap() }, false).unwrap(),
+            );
+        }
+        assert_eq!(registry.find("aa1").unwrap().record.id, "aa11");
+        assert!(registry.find("aa").unwrap_err().to_string().contains("several"));
+        assert!(registry.find("").is_err());
+    }
+}

@@ -1,0 +1,213 @@
+//! Copies between the launcher's standard streams, a container's log and the streams of a process in a container.
+//!
+//! Nothing is buffered here beyond one piece: whoever reads slowly slows the writer down, and an end on one side becomes an
+//! end on the other.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use bulkhead_protocol::stream::{Stream, StreamHeader};
+use bulkhead_sandbox::agent::ProcessId;
+use bulkhead_sandbox::agent::messages::Stdio;
+use bulkhead_sandbox::stream;
+use bulkhead_sandbox::timing::Stamp;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::sleep;
+
+use super::stdio::HostStream;
+use super::terminal;
+use crate::failure::Failure;
+use crate::log::LogWriter;
+
+/// Bytes that are copied at a time.
+const PIECE: usize = 64 << 10;
+/// After the end of a process, its output is over when nothing has come for so long: somebody else may hold it open.
+const DRAIN_IDLE: Duration = Duration::from_secs(2);
+
+/// Where a process's input comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Input {
+    /// It has none.
+    None,
+    /// The launcher's standard input.
+    Host,
+    /// Nowhere, but it does not end.
+    Open,
+}
+
+/// Where a process's output goes.
+#[derive(Clone, Debug)]
+pub(crate) struct Output {
+    /// To the launcher's standard streams.
+    pub(crate) host: bool,
+    /// To a log.
+    pub(crate) log: Option<Arc<Mutex<LogWriter>>>,
+}
+
+/// What a process's standard streams are.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    /// One terminal instead of three streams.
+    pub(crate) terminal: bool,
+    /// Where its input comes from.
+    pub(crate) input: Input,
+    /// Where its output goes.
+    pub(crate) output: Output,
+}
+
+impl Plan {
+    /// What the agent is told.
+    pub(crate) fn stdio(&self) -> Stdio {
+        let (rows, columns) = if self.terminal { terminal::size() } else { (0, 0) };
+        Stdio {
+            terminal: self.terminal,
+            rows: rows.into(),
+            columns: columns.into(),
+            stdin: self.input != Input::None,
+            stdout: true,
+            stderr: !self.terminal,
+            ..Default::default()
+        }
+    }
+}
+
+/// The copying that goes on for one process.
+#[derive(Debug)]
+pub(crate) struct Attached {
+    input: Option<JoinHandle<()>>,
+    outputs: Vec<JoinHandle<()>>,
+    ended: watch::Sender<bool>,
+    first_output: Arc<OnceLock<Stamp>>,
+}
+
+impl Attached {
+    /// Connects the streams of a process that the agent has made, and begins to copy.
+    pub(crate) async fn connect(socket: &Path, process: &ProcessId, plan: &Plan) -> Result<Self, Failure> {
+        let open = |stream| {
+            let header = StreamHeader {
+                stream,
+                container_id: process.container_id.clone(),
+                exec_id: process.exec_id.clone(),
+            };
+            async move { stream::open(socket, &header).await }
+        };
+        let open_if = |wanted: bool, stream| async move {
+            if wanted { open(stream).await.map(Some) } else { Ok(None) }
+        };
+        let (stdin, stdout, stderr) = tokio::try_join!(
+            open_if(plan.input != Input::None, Stream::Stdin),
+            open(Stream::Stdout),
+            open_if(!plan.terminal, Stream::Stderr)
+        )?;
+        let (ended, watching) = watch::channel(false);
+        let first_output = Arc::new(OnceLock::new());
+        let mut outputs = Vec::new();
+        for (stream, connection) in [(Stream::Stdout, Some(stdout)), (Stream::Stderr, stderr)] {
+            let Some(connection) = connection else { continue };
+            let host = match (plan.output.host, stream) {
+                (false, _) => None,
+                (true, Stream::Stderr) => Some(HostStream::stderr()?),
+                (true, _) => Some(HostStream::stdout()?),
+            };
+            let sink = Sink { stream, host, log: plan.output.log.clone(), first: Arc::clone(&first_output) };
+            outputs.push(tokio::spawn(copy_output(connection, sink, watching.clone())));
+        }
+        let input = match (stdin, plan.input) {
+            (Some(connection), Input::Host) => {
+                Some(tokio::spawn(copy_input(HostStream::stdin()?, connection)))
+            }
+            (Some(connection), _) => Some(tokio::spawn(hold(connection))),
+            (None, _) => None,
+        };
+        Ok(Self { input, outputs, ended, first_output })
+    }
+
+    /// The process has ended: takes what it has still written, and returns when that is over. When the first output came.
+    pub(crate) async fn drain(mut self) -> Option<Stamp> {
+        self.ended.send_replace(true);
+        for output in self.outputs.drain(..) {
+            // A copy that failed has nothing more to say.
+            let _ = output.await;
+        }
+        self.first_output.get().copied()
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        for task in self.input.iter().chain(&self.outputs) {
+            task.abort();
+        }
+    }
+}
+
+struct Sink {
+    stream: Stream,
+    host: Option<HostStream>,
+    log: Option<Arc<Mutex<LogWriter>>>,
+    first: Arc<OnceLock<Stamp>>,
+}
+
+impl Sink {
+    /// False when nobody takes the output any more.
+    async fn take(&self, output: &[u8]) -> bool {
+        self.first.get_or_init(Stamp::now);
+        if let Some(log) = &self.log
+            && let Err(error) = log.lock().unwrap_or_else(PoisonError::into_inner).write(self.stream, output)
+        {
+            // A full disk must not end the container.
+            tracing::warn!(%error, "output is missing from the log");
+        }
+        match &self.host {
+            Some(host) => host.write_all(output).await.is_ok(),
+            None => true,
+        }
+    }
+}
+
+/// Copies until the end of the output. When nobody takes it any more, the connection closes, and the process meets a broken
+/// pipe as it would have without a container.
+async fn copy_output(mut connection: UnixStream, sink: Sink, mut ended: watch::Receiver<bool>) {
+    let mut piece = vec![0; PIECE];
+    loop {
+        let idle = async {
+            // A sender that is gone means the same as one that says so.
+            let _ = ended.wait_for(|ended| *ended).await;
+            sleep(DRAIN_IDLE).await;
+        };
+        let count = tokio::select! {
+            biased;
+            read = connection.read(&mut piece) => read.unwrap_or(0),
+            () = idle => 0,
+        };
+        if count == 0 || !sink.take(&piece[..count]).await {
+            break;
+        }
+    }
+}
+
+/// Copies until the end of the input, which becomes the end of the process's input, or until the process takes no more.
+async fn copy_input(host: HostStream, mut connection: UnixStream) {
+    let mut piece = vec![0; PIECE];
+    loop {
+        let count = host.read(&mut piece).await.unwrap_or(0);
+        if count == 0 || connection.write_all(&piece[..count]).await.is_err() {
+            break;
+        }
+    }
+    // Shut down, not closed: closing would hang the stream up.
+    if connection.shutdown().await.is_ok() {
+        hold(connection).await;
+    }
+}
+
+/// Keeps a connection until the guest closes it.
+async fn hold(mut connection: UnixStream) {
+    let mut nothing = [0; 1];
+    // Standard input carries nothing in this direction: whatever comes, or an error, is its end.
+    let _ = connection.read(&mut nothing).await;
+}

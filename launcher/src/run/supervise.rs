@@ -1,0 +1,240 @@
+//! One container's life: its machine, its process, and what is left in the end, which is nothing but its record and its log.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bulkhead_sandbox::agent::messages::CreateContainerRequest;
+use bulkhead_sandbox::agent::{Agent, AgentError, Code, ProcessId};
+use bulkhead_sandbox::sandbox::{Sandbox, SandboxConfig, console_text};
+use bulkhead_sandbox::size::Size;
+use bulkhead_sandbox::storage::Storage;
+use bulkhead_sandbox::timing::Stamp;
+use bulkhead_sandbox::uid::UidLease;
+use bulkhead_sandbox::vmm::Jail;
+use rustix::process::geteuid;
+use tokio::time::timeout;
+
+use super::detach;
+use super::request::Request;
+use super::timings::Timings;
+use crate::container::record::{Outcome, now_ns};
+use crate::container::registry::{Claim, Registry, private_directory};
+use crate::failure::{EXIT_FAILURE, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, Failure};
+use crate::log::LogWriter;
+use crate::message;
+use crate::process::attach::{Attached, Input, Output, Plan};
+use crate::process::attend::{Attended, attend, exit_code};
+use crate::process::signals::Signals;
+use crate::process::terminal::RawTerminal;
+use crate::progress;
+
+/// How long a machine whose agent has fallen silent may take to be known as ended.
+const END_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Where a container's life takes place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// In the user's terminal.
+    Foreground,
+    /// In a process that the user has left.
+    Background,
+}
+
+/// How a container that had started ended.
+struct Ended {
+    exit_code: u8,
+    /// What the user should know besides.
+    error: Option<String>,
+}
+
+/// Makes a container, runs it to its end and cleans up.
+pub(crate) async fn supervise(request: Request, mode: Mode, started: Stamp) -> Result<u8, Failure> {
+    let mut signals = Signals::forwarded()?;
+    let claim = Registry::open(&request.paths)?.create(&request.record, request.named)?;
+    let mut timings = Timings::new(started);
+    let ended = live(&request, &claim, mode, &mut signals, &mut timings).await;
+    let outcome = match &ended {
+        Ok(ended) if !request.record.auto_remove => {
+            Some(Outcome { exit_code: ended.exit_code, finished_at_ns: now_ns(), error: ended.error.clone() })
+        }
+        // What has never started is not kept.
+        Ok(_) | Err(_) => None,
+    };
+    let cleaned = claim.finish(&request.record, outcome);
+    let ended = ended?;
+    cleaned?;
+    if let Some(error) = &ended.error {
+        message::error(error);
+    }
+    timings.mark("done");
+    if let Some(format) = request.timings {
+        message::result_on_stderr(&timings.show(format));
+    }
+    Ok(ended.exit_code)
+}
+
+async fn live(
+    request: &Request,
+    claim: &Claim,
+    mode: Mode,
+    signals: &mut Signals,
+    timings: &mut Timings,
+) -> Result<Ended, Failure> {
+    let record = &request.record;
+    let (sandbox, storage) = tokio::select! {
+        booted = boot(request, claim) => booted?,
+        signal = signals.next() => return Err(interrupted(signal)),
+    };
+    timings.booted(sandbox.times());
+    let agent = sandbox.agent().await?;
+    timings.connected(agent.details());
+
+    let process = ProcessId::init(&record.id);
+    let plan = plan(request, claim, mode)?;
+    let starting = start(request, &storage, &sandbox, &agent, &process, &plan, timings);
+    let started = tokio::select! {
+        started = progress::during("starting the container", starting) => started,
+        signal = signals.next() => return Err(interrupted(signal)),
+    };
+    let attached = match started {
+        Ok(attached) => attached,
+        Err(Start::Agent(error)) => return Err(explain(&sandbox, error).await),
+        Err(Start::Other(failure)) => return Err(failure),
+    };
+    claim.running(Some(sandbox.vmm_pid()))?;
+    if mode == Mode::Background {
+        detach::report(&record.id)?;
+    }
+    let raw = if request.terminal && plan.input == Input::Host { Some(RawTerminal::enter()?) } else { None };
+    let attended = attend(&agent, &process, signals, raw.is_some()).await?;
+    timings.mark("exit");
+    let ended = match attended {
+        Attended::Exited(response) => {
+            let error = response
+                .oom_killed
+                .then(|| "the container ran out of memory: give it more with --memory".into());
+            Ok(Ended { exit_code: exit_code(&response), error })
+        }
+        Attended::Lost(error) => Err(explain(&sandbox, error).await),
+    };
+    timings.first_output(attached.drain().await);
+    drop(raw);
+    sandbox.stop();
+    // A container that had started has ended, whatever ended it.
+    ended.or_else(|failure| Ok(Ended { exit_code: EXIT_FAILURE, error: Some(failure.to_string()) }))
+}
+
+async fn boot(request: &Request, claim: &Claim) -> Result<(Sandbox, Storage), Failure> {
+    let half = Size(u64::from(request.machine.memory_mib) << 19);
+    let storage = request.root.prepare(claim, request.storage, half).await?;
+    let lease = if geteuid().is_root() {
+        Some(UidLease::take(request.uids, &request.paths.uid_lock())?)
+    } else {
+        None
+    };
+    let (empty, socket) = (request.paths.empty(), claim.socket());
+    private_directory(&empty)?;
+    let config = SandboxConfig {
+        artifacts: &request.artifacts,
+        memory_mib: request.machine.memory_mib,
+        cpus: request.machine.cpus,
+        jail: Jail { uid: lease.as_ref(), root: &empty },
+        socket: &socket,
+        disks: &storage.disks,
+    };
+    let sandbox = progress::during("starting the virtual machine", Sandbox::boot(&config)).await?;
+    Ok((sandbox, storage))
+}
+
+fn plan(request: &Request, claim: &Claim, mode: Mode) -> Result<Plan, Failure> {
+    let host = mode == Mode::Foreground;
+    let log = if request.keeps_log(host) {
+        let log =
+            LogWriter::create(&claim.data).map_err(|e| Failure::from(e).context("cannot make the log"))?;
+        Some(Arc::new(Mutex::new(log)))
+    } else {
+        None
+    };
+    let input = match (request.interactive, mode) {
+        (false, _) => Input::None,
+        (true, Mode::Foreground) => Input::Host,
+        (true, Mode::Background) => Input::Open,
+    };
+    Ok(Plan { terminal: request.terminal, input, output: Output { host, log } })
+}
+
+/// What can go wrong when a container starts.
+enum Start {
+    Agent(AgentError),
+    Other(Failure),
+}
+
+impl<E: Into<Failure>> From<E> for Start {
+    fn from(error: E) -> Self {
+        Self::Other(error.into())
+    }
+}
+
+async fn start(
+    request: &Request,
+    storage: &Storage,
+    sandbox: &Sandbox,
+    agent: &Agent,
+    process: &ProcessId,
+    plan: &Plan,
+    timings: &mut Timings,
+) -> Result<Attached, Start> {
+    let create = CreateContainerRequest {
+        container_id: process.container_id.clone(),
+        spec: request.spec.clone(),
+        rootfs: Some(storage.rootfs.clone()).into(),
+        stdio: Some(plan.stdio()).into(),
+        user: request.record.user.clone(),
+        ..Default::default()
+    };
+    let cpus = async {
+        let added = match request.machine.cpus {
+            1 => Ok(()),
+            count => sandbox.add_cpus(agent, count).await,
+        };
+        // One CPU is enough to run on.
+        if let Err(error) = added {
+            message::warn(&format!("the machine has only one CPU: {}", Failure::from(error)));
+        }
+    };
+    let (created, ()) = tokio::join!(agent.create_container(&create), cpus);
+    created.map_err(Start::Agent)?;
+    timings.mark("container created");
+    let attached = Attached::connect(sandbox.socket(), process, plan).await?;
+    agent.start_container(&process.container_id).await.map_err(Start::Agent)?;
+    timings.mark("container started");
+    Ok(attached)
+}
+
+/// Why a call to the agent failed, as an exit code and in words: the machine's end explains an agent that is gone.
+async fn explain(sandbox: &Sandbox, error: AgentError) -> Failure {
+    if let Some(code) = error.code() {
+        return refusal(code, &error);
+    }
+    match timeout(END_TIMEOUT, sandbox.ended()).await {
+        Ok(end) => Failure::new(format!("{end}{}", console_text(&sandbox.console_tail()))),
+        Err(_) => Failure::new(format!("{}{}", Failure::from(error), console_text(&sandbox.console_tail()))),
+    }
+}
+
+/// What a refusal to start a process means to the user.
+pub(crate) fn refusal(code: Code, error: &AgentError) -> Failure {
+    match code {
+        Code::NOT_FOUND => Failure::with_code(EXIT_NOT_FOUND, error.to_string()),
+        Code::PERMISSION_DENIED => Failure::with_code(EXIT_NOT_EXECUTABLE, error.to_string()),
+        _ => Failure::new(format!("the container cannot be started: {error}")),
+    }
+}
+
+/// A signal came before the container had started.
+fn interrupted(signal: u32) -> Failure {
+    Failure::with_code(
+        u8::try_from(128 + signal).unwrap_or(EXIT_FAILURE),
+        "interrupted before the container started",
+    )
+}
