@@ -2,14 +2,22 @@
 //!
 //! Every step here is on the path that a user waits for, so there is no system call without a need.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::os::fd::{AsRawFd as _, IntoRawFd as _};
 
+use bulkhead_protocol::limits::{CONTAINERS_MAX, EXECS_MAX};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::system::sysinfo;
 
 use crate::cgroup;
+use crate::container::{DIRECTORY, START_DIRECTORY};
+
+/// Three pipes and three connections a process, and room for the agent's own.
+const OPEN_FILES: u64 = 6 * (CONTAINERS_MAX + EXECS_MAX) as u64 + 1024;
 
 /// What could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -20,6 +28,14 @@ pub(crate) enum Error {
     Loopback(#[source] io::Error),
     #[error("read the kernel command line")]
     CommandLine(#[source] io::Error),
+    #[error("open /dev/null as standard input and output")]
+    Null(#[source] io::Error),
+    #[error("protect the agent from the out-of-memory killer")]
+    OomScore(#[source] io::Error),
+    #[error("create {0}")]
+    Directory(&'static str, #[source] io::Error),
+    #[error("raise the number of open files")]
+    Limits(#[source] io::Error),
     #[error(transparent)]
     Cgroup(#[from] cgroup::Error),
 }
@@ -61,28 +77,54 @@ pub(crate) fn command_line() -> Result<String, Error> {
     fs::read_to_string("/proc/cmdline").map_err(Error::CommandLine)
 }
 
-/// Makes the parent of all containers' cgroups and brings up `lo`.
+/// What has to be there before the zygote is forked: everything that containers' processes inherit or use.
 ///
 /// # Errors
 /// [`Error`] with what failed.
 pub(crate) fn prepare() -> Result<(), Error> {
+    // The console, if the kernel has opened one, is not for containers.
+    let null = File::options().read(true).write(true).open("/dev/null").map_err(Error::Null)?;
+    for standard in 0..=2 {
+        // SAFETY: dup2 has no preconditions, and nothing here owns these numbers.
+        if unsafe { libc::dup2(null.as_raw_fd(), standard) } < 0 {
+            return Err(Error::Null(io::Error::last_os_error()));
+        }
+    }
+    if null.as_raw_fd() <= 2 {
+        // It has become a standard descriptor itself.
+        let _ = null.into_raw_fd();
+    }
+    fs::write("/proc/self/oom_score_adj", "-1000").map_err(Error::OomScore)?;
+    for directory in [DIRECTORY, START_DIRECTORY] {
+        fs::create_dir_all(directory).map_err(|error| Error::Directory(directory, error))?;
+    }
     let info = sysinfo();
     cgroup::prepare(info.totalram.saturating_mul(u64::from(info.mem_unit)))?;
     loopback_up().map_err(Error::Loopback)
 }
 
+/// Lets the agent have the descriptors that its limits of containers and streams take. Called after the zygote was
+/// forked: containers start with the kernel's default.
+///
+/// # Errors
+/// [`Error::Limits`].
+pub(crate) fn raise_limits() -> Result<(), Error> {
+    setrlimit(Resource::Nofile, Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) })
+        .map_err(|error| Error::Limits(error.into()))
+}
+
+/// `libc` has it as an `int`, the flags of an interface are a `short`.
+const IFF_UP: libc::c_short = 1;
+
 /// Sets `IFF_UP` on `lo`; the kernel then gives it 127.0.0.1 and ::1 by itself.
 fn loopback_up() -> io::Result<()> {
-    use rustix::fd::AsRawFd as _;
-    use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
-
     let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
     // SAFETY: all-zero bytes are a valid ifreq, a struct of integers and a union of such.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
         *to = from.cast_signed();
     }
-    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
+    request.ifr_ifru.ifru_flags = IFF_UP;
     // SAFETY: SIOCSIFFLAGS reads one ifreq, which `request` is.
     if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) } < 0 {
         return Err(io::Error::last_os_error());

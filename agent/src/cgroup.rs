@@ -51,7 +51,9 @@ pub(crate) fn prepare(total_memory: u64) -> Result<(), Error> {
     }
     write(root.join("cgroup.subtree_control"), controllers.trim_end())?;
     match fs::create_dir(&parent) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(Error::Create(parent, error)),
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(Error::Create(parent, error));
+        }
         _ => {}
     }
     write(parent.join("cgroup.subtree_control"), controllers.trim_end())?;
@@ -81,6 +83,14 @@ impl Cgroup {
     /// The same as the OCI specification's `cgroupsPath`.
     pub(crate) fn path(container_id: &str) -> String {
         format!("{PARENT}/{container_id}")
+    }
+
+    /// Makes the group. libcontainer would do it too, after it has tried to enable every controller all the way down.
+    ///
+    /// # Errors
+    /// [`Error::Create`].
+    pub(crate) fn create(&self) -> Result<(), Error> {
+        fs::create_dir(&self.directory).map_err(|error| Error::Create(self.directory.clone(), error))
     }
 
     /// The number in a file like `memory.current`; none when there is no such file or it says `max`.
@@ -166,7 +176,10 @@ fn remove_tree(directory: &Path) -> Result<(), Error> {
 
 fn subdirectories(directory: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-    entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path()).collect()
+    entries
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .map(|entry| entry.path())
+        .collect()
 }
 
 fn read(file: PathBuf) -> Result<String, Error> {
@@ -175,7 +188,8 @@ fn read(file: PathBuf) -> Result<String, Error> {
 
 /// One `write`, as cgroup files want it; the file must be there.
 fn write(file: PathBuf, text: &str) -> Result<(), Error> {
-    let written = File::options().write(true).open(&file).and_then(|mut open| open.write_all(text.as_bytes()));
+    let written =
+        File::options().write(true).open(&file).and_then(|mut open| open.write_all(text.as_bytes()));
     written.map_err(|error| Error::Write(file, text.to_owned(), error))
 }
 

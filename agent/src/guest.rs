@@ -156,10 +156,9 @@ pub(crate) fn unbind_slot(slot: u32) -> Result<(), Error> {
     }
     if let Some(name) = block_name(slot)? {
         // O_EXCL on a block device without O_CREAT: EBUSY when the device or a partition of it is claimed, by a mount.
-        match open(Path::new("/dev").join(name), OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC, Mode::empty()) {
-            Err(Errno::BUSY) => return Err(Error::SlotInUse(slot)),
-            // Only a mounted one matters here; one that cannot be opened is not.
-            Ok(_) | Err(_) => {}
+        let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;
+        if let Err(Errno::BUSY) = open(Path::new("/dev").join(name), flags, Mode::empty()) {
+            return Err(Error::SlotInUse(slot));
         }
     }
     control(slot, "unbind")
@@ -255,7 +254,9 @@ fn entry(directory: &Path, wanted: impl Fn(&str) -> bool) -> Result<Option<PathB
 fn control(slot: u32, what: &str) -> Result<(), Error> {
     match write(&format!("{DRIVER}/{what}"), &name(slot)) {
         // bind_store() in the kernel's drivers/base/bus.c: the probe found nothing for it.
-        Err(Error::Write { source, .. }) if source.kind() == io::ErrorKind::NotFound => Err(Error::NoDevice(slot)),
+        Err(Error::Write { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            Err(Error::NoDevice(slot))
+        }
         Err(Error::Write { source, .. }) if source.raw_os_error() == Some(libc::ENODEV) => {
             Err(Error::NoDevice(slot))
         }

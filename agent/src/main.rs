@@ -7,48 +7,55 @@
 
 mod boot;
 mod cgroup;
+mod container;
+mod descriptor;
 mod guest;
+mod lifecycle;
 mod log;
+mod process;
 mod service;
 mod status;
+mod streams;
+mod vsock;
+mod zygote;
 
 use std::sync::Arc;
 
 use bulkhead_protocol::agent_ttrpc::create_agent;
 use bulkhead_protocol::limits::{CONTROL_PORT, STREAM_PORT};
 use rustix::time::ClockId;
-use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
+use tokio_vsock::VsockListener;
 use ttrpc::r#async::Server;
+use ttrpc::r#async::transport::Listener;
 
+use lifecycle::Lifecycle;
 use service::Service;
 
 /// What the kernel starts.
 #[cfg_attr(not(test), unsafe(no_mangle))]
 #[cfg_attr(test, allow(dead_code))]
 extern "C" fn main(_arguments: libc::c_int, _values: *const *const libc::c_char) -> libc::c_int {
-    let command_line = match boot::mount_all().and_then(|()| boot::command_line()) {
-        Ok(text) => text,
-        Err(error) => status::fail(&chain(&error)),
-    };
+    let command_line = boot::mount_all().and_then(|()| boot::command_line());
+    let command_line = command_line.unwrap_or_else(|error| status::fail(&chain(&error)));
     log::init(log::level_of(&command_line));
     // With panic=abort the hook is the last code that runs; elsewhere it is too, since it does not return.
     std::panic::set_hook(Box::new(|panic| status::fail(panic)));
-    if let Err(error) = boot::prepare() {
-        status::fail(&chain(&error));
-    }
+    boot::prepare().unwrap_or_else(|error| status::fail(&chain(&error)));
+    let zygote = zygote::fork().unwrap_or_else(|error| status::fail(&chain(&error)));
+    boot::raise_limits().unwrap_or_else(|error| status::fail(&chain(&error)));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.unwrap_or_else(|error| status::fail(&format_args!("start the runtime: {error}")));
-    runtime.block_on(serve(&command_line))
+    runtime.block_on(serve(zygote, &command_line))
 }
 
 /// Listens, says so, and serves for ever.
-async fn serve(command_line: &str) -> ! {
-    let service = Arc::new(Service::new());
-    let _streams = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, STREAM_PORT))
-        .unwrap_or_else(|error| status::fail(&format_args!("listen on vsock port {STREAM_PORT}: {error}")));
+async fn serve(zygote: zygote::Unattached, command_line: &str) -> ! {
+    let zygote = zygote.attach().unwrap_or_else(|error| status::fail(&chain(&error)));
+    let lifecycle = Lifecycle::new(zygote);
+    let service = Arc::new(Service::new(Arc::clone(&lifecycle)));
+    tokio::spawn(vsock::carry_streams(listen(STREAM_PORT), Arc::clone(&lifecycle)));
     let mut server = Server::new()
-        .bind(&format!("vsock://-1:{CONTROL_PORT}"))
-        .unwrap_or_else(|error| status::fail(&format_args!("listen on vsock port {CONTROL_PORT}: {error}")))
+        .add_listener(Listener::new(vsock::FromHost(listen(CONTROL_PORT))))
         .register_service(create_agent(service.clone()));
     if let Err(error) = server.start().await {
         status::fail(&format_args!("serve on vsock port {CONTROL_PORT}: {error}"));
@@ -58,7 +65,13 @@ async fn serve(command_line: &str) -> ! {
         status::fail(&format_args!("write the status port: {error}"));
     }
     fault(command_line);
-    std::future::pending().await
+    let error = process::reap(&lifecycle.table, lifecycle.zygote()).await;
+    status::fail(&format_args!("wait for children: {error}"))
+}
+
+fn listen(port: u32) -> VsockListener {
+    vsock::listen(port)
+        .unwrap_or_else(|error| status::fail(&format_args!("listen on vsock port {port}: {error}")))
 }
 
 /// Executes an invalid instruction when the kernel command line has `bulkhead.fault=ill`: the kernel kills PID 1 and

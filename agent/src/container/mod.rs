@@ -1,0 +1,216 @@
+//! What a worker does to a container: create it, join a process to it, remove it.
+//!
+//! [`spec`] makes the configuration fit, [`rootfs`] mounts the root, [`user`] finds out who the process is, [`program`]
+//! becomes its program; between the last two, libcontainer makes and enters the namespaces, limits and filters.
+
+mod launch;
+mod program;
+mod rootfs;
+mod spec;
+mod user;
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bulkhead_protocol::agent::{CreateContainerRequest, ExecProcessRequest};
+use libcontainer::oci_spec::runtime::{Process, Spec};
+use oci_spec::runtime::User as SpecUser;
+use protobuf::Message as _;
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
+
+use crate::cgroup::{self, Cgroup};
+use crate::chain;
+use crate::zygote::protocol::{Failure, FailureKind, Job};
+use launch::{Launch, Membership};
+
+/// Where the agent keeps what belongs to containers, each in a directory of its id's name.
+pub(crate) const DIRECTORY: &str = "/run/bulkhead/containers";
+/// Where processes wait for their start.
+pub(crate) const START_DIRECTORY: &str = "/run/bulkhead/start";
+
+/// How long a container's last processes may take to end after they were killed.
+const REMOVE_PATIENCE: Duration = Duration::from_secs(30);
+
+/// A process that waits to be started.
+pub(crate) struct Prepared {
+    /// In the guest's process id namespace.
+    pub(crate) pid: i32,
+    /// The master of its terminal, when it was to have one.
+    pub(crate) terminal: Option<OwnedFd>,
+}
+
+/// Why a container could not be made.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error("decode the call")]
+    Call(#[from] protobuf::Error),
+    #[error(transparent)]
+    Spec(#[from] spec::Error),
+    #[error(transparent)]
+    Rootfs(#[from] rootfs::Error),
+    #[error(transparent)]
+    User(#[from] user::Error),
+    #[error(transparent)]
+    Cgroup(#[from] cgroup::Error),
+    #[error(transparent)]
+    Launch(#[from] launch::Error),
+    #[error("{0}")]
+    File(&'static str, #[source] io::Error),
+    #[error("the working directory {0} does not exist in the container")]
+    WorkingDirectory(PathBuf),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        let kind = match &error {
+            Error::Call(_) | Error::Spec(_) | Error::User(_) | Error::WorkingDirectory(_) => {
+                FailureKind::Invalid
+            }
+            Error::Rootfs(rootfs::Error::Device(device)) => match device {
+                crate::guest::Error::NoSlot(_) | crate::guest::Error::NoPartition(..) => FailureKind::Invalid,
+                crate::guest::Error::NoDevice(_) => FailureKind::Precondition,
+                _ => FailureKind::Internal,
+            },
+            Error::Rootfs(
+                rootfs::Error::Nothing | rootfs::Error::NotDirectory(_) | rootfs::Error::WorkingDirectory(..),
+            ) => FailureKind::Invalid,
+            _ => FailureKind::Internal,
+        };
+        Failure::new(kind, chain(&error))
+    }
+}
+
+/// Makes a container whose process waits for a connection to `start`, or nothing.
+///
+/// # Errors
+/// What kept it from being made.
+pub(crate) fn create(call: &[u8], start: &str, job: Job) -> Result<Prepared, Failure> {
+    let call = CreateContainerRequest::parse_from_bytes(call).map_err(Error::Call)?;
+    let id = call.container_id.clone();
+    create_parts(&call, start, job).map_err(|error| {
+        if let Err(failure) = remove(&id) {
+            tracing::error!("clean up after container {id}: {}", failure.text);
+        }
+        error.into()
+    })
+}
+
+fn create_parts(call: &CreateContainerRequest, start: &str, job: Job) -> Result<Prepared, Error> {
+    let id = &call.container_id;
+    let directory = Path::new(DIRECTORY).join(id);
+    let cgroup = Cgroup::path(id);
+    let mut spec = spec::container(&call.spec, &cgroup, &directory.join("rootfs"))?;
+    fs::create_dir(&directory).map_err(|error| Error::File("create the container's directory", error))?;
+    let root = rootfs::mount(&call.rootfs, &directory)?;
+    rootfs::check(&root)?;
+    if let Some(process) = spec.process_mut() {
+        set_user(process, &root, &call.user)?;
+        rootfs::create_working_directory(&root, process.cwd())?;
+        process.set_terminal(Some(call.stdio.terminal));
+    }
+    save(&spec, &directory)?;
+    Cgroup::of(id).create()?;
+    let launch = Launch { id, spec, directory: &directory, cgroup, stdio: &call.stdio, start };
+    Ok(launch.run(Membership::First, job)?)
+}
+
+/// Prepares a process in a running container whose init is `init`.
+///
+/// # Errors
+/// What kept it from being made.
+pub(crate) fn exec(call: &[u8], start: &str, init: i32, job: Job) -> Result<Prepared, Failure> {
+    let call = ExecProcessRequest::parse_from_bytes(call).map_err(Error::Call)?;
+    Ok(exec_parts(&call, start, init, job)?)
+}
+
+fn exec_parts(call: &ExecProcessRequest, start: &str, init: i32, job: Job) -> Result<Prepared, Error> {
+    let id = &call.container_id;
+    let directory = Path::new(DIRECTORY).join(id);
+    let container = load(&directory)?;
+    let cgroup = cgroup_of(init, id)?;
+    let mut spec = spec::joining(&container, &call.process, init, &cgroup)?;
+    // A link of the kernel's, to the root that the container's init has.
+    let root = openat(CWD, format!("/proc/{init}/root"), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|error| Error::File("open the container's root", error.into()))?;
+    if let Some(process) = spec.process_mut() {
+        set_user(process, &root, &call.user)?;
+        check_working_directory(&root, process.cwd())?;
+        process.set_terminal(Some(call.stdio.terminal));
+    }
+    let launch = Launch { id, spec, directory: &directory, cgroup, stdio: &call.stdio, start };
+    Ok(launch.run(Membership::Joining { container: &container }, job)?)
+}
+
+/// Kills what runs in a container and removes its cgroup, its mounts and its files. What is not there is fine.
+///
+/// # Errors
+/// What is left, and why.
+pub(crate) fn remove(id: &str) -> Result<(), Failure> {
+    let remove = || -> Result<(), Error> {
+        let cgroup = Cgroup::of(id);
+        cgroup.kill()?;
+        cgroup.remove(REMOVE_PATIENCE)?;
+        rootfs::remove(&Path::new(DIRECTORY).join(id))?;
+        Ok(())
+    };
+    remove().map_err(Failure::from)
+}
+
+/// Resolves `user`, or takes the user that the process names itself, and sets `HOME`.
+fn set_user(process: &mut Process, root: &OwnedFd, user: &str) -> Result<(), Error> {
+    use std::os::fd::AsFd as _;
+
+    // A process that is given by numbers needs no account files, not even readable ones.
+    let accounts = match user::Accounts::read(root.as_fd()) {
+        Ok(accounts) => accounts,
+        Err(error) if user.is_empty() => {
+            tracing::warn!("{}", chain(&error));
+            user::Accounts::default()
+        }
+        Err(error) => return Err(error.into()),
+    };
+    if !user.is_empty() {
+        let resolved = accounts.resolve(user)?;
+        let mut holder = SpecUser::default();
+        holder.set_uid(resolved.uid).set_gid(resolved.gid).set_umask(process.user().umask());
+        holder.set_additional_gids(Some(resolved.additional_gids));
+        process.set_user(holder);
+    }
+    let home = accounts.home(process.user().uid()).unwrap_or("/").to_owned();
+    spec::set_home(process, &home);
+    Ok(())
+}
+
+fn check_working_directory(root: &OwnedFd, path: &Path) -> Result<(), Error> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    match openat2(root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT) {
+        Ok(_) => Ok(()),
+        Err(_) => Err(Error::WorkingDirectory(path.to_owned())),
+    }
+}
+
+/// The cgroup that the container's init is in, which is the container's own unless it has made others below it.
+fn cgroup_of(init: i32, id: &str) -> Result<String, Error> {
+    let file = fs::read_to_string(format!("/proc/{init}/cgroup"));
+    let file = file.map_err(|error| Error::File("find the container's cgroup", error))?;
+    let own = Cgroup::path(id);
+    let path = file.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or(&own);
+    let below = path.strip_prefix(&own).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    Ok(if below { path.to_owned() } else { own })
+}
+
+fn save(spec: &Spec, directory: &Path) -> Result<(), Error> {
+    let json =
+        serde_json::to_vec(spec).map_err(|error| Error::File("encode the configuration", error.into()))?;
+    fs::write(directory.join("config.json"), json)
+        .map_err(|error| Error::File("save the configuration", error))
+}
+
+fn load(directory: &Path) -> Result<Spec, Error> {
+    let fail = |error| Error::File("load the container's configuration", error);
+    let json = fs::read(directory.join("config.json")).map_err(fail)?;
+    serde_json::from_slice(&json).map_err(|error| fail(error.into()))
+}

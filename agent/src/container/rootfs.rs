@@ -1,0 +1,281 @@
+//! A container's root: EROFS layers and what is written above them, mounted where only the agent goes.
+//!
+//! Everything is made with the file-descriptor mount calls: overlayfs takes a layer a call (`lowerdir+`), where mount(2)
+//! has one page for all of them, and no path in an image is ever followed.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use bulkhead_protocol::agent::rootfs::Upper;
+use bulkhead_protocol::agent::{BlockSource, Rootfs};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat2};
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags, fsconfig_create,
+    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, unmount,
+};
+
+use crate::guest;
+
+/// What could not be mounted.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error(transparent)]
+    Device(#[from] guest::Error),
+    #[error("a root needs a layer or an ext4 device")]
+    Nothing,
+    #[error("create {0}")]
+    Create(PathBuf, #[source] io::Error),
+    #[error("open {0}")]
+    Open(PathBuf, #[source] io::Error),
+    #[error("mount {what} ({step})")]
+    Mount { what: String, step: &'static str, source: io::Error },
+    #[error("unmount {0}")]
+    Unmount(PathBuf, #[source] io::Error),
+    #[error("{0} of the image is not a directory")]
+    NotDirectory(&'static str),
+    #[error("create the working directory {0} in the image")]
+    WorkingDirectory(PathBuf, #[source] io::Error),
+}
+
+/// Mounts `rootfs` at `directory/rootfs` and returns the root, opened. `directory` exists and is the container's alone.
+///
+/// # Errors
+/// [`Error`] with the step that failed; [`remove`] undoes the rest.
+pub(crate) fn mount(rootfs: &Rootfs, directory: &Path) -> Result<OwnedFd, Error> {
+    let target = directory.join("rootfs");
+    create_directory(&target)?;
+    match (rootfs.lower.as_slice(), &rootfs.upper) {
+        ([], Some(Upper::Ext4(device))) => attach(&ext4(device)?, &target)?,
+        ([], _) => return Err(Error::Nothing),
+        ([layer], None) => attach(&erofs(layer)?, &target)?,
+        (layers, upper) => overlay(layers, upper.as_ref(), directory, &target)?,
+    }
+    open_directory(&target)
+}
+
+/// Refuses a root whose mount points are links: libcontainer makes devices and links below `/dev` by path.
+///
+/// # Errors
+/// [`Error::NotDirectory`] with the first of them.
+pub(crate) fn check(root: &OwnedFd) -> Result<(), Error> {
+    for name in ["dev", "proc", "sys"] {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        match openat2(root, name, flags, Mode::empty(), ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS) {
+            Ok(_) | Err(Errno::NOENT) => {}
+            Err(_) => return Err(Error::NotDirectory(name)),
+        }
+    }
+    Ok(())
+}
+
+/// Makes sure that the working directory exists, as Docker does, with root as its owner. One that a mount will cover, or
+/// that is missing from a read-only root, is left to fail when it is entered. `path` has no `..`.
+///
+/// # Errors
+/// [`Error::WorkingDirectory`] when a part of it is no directory.
+pub(crate) fn create_working_directory(root: &OwnedFd, path: &Path) -> Result<(), Error> {
+    let fail = |error: Errno| Error::WorkingDirectory(path.to_owned(), error.into());
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let mut walked = PathBuf::new();
+    let mut parent = rustix::io::dup(root).map_err(fail)?;
+    for part in path.components() {
+        let std::path::Component::Normal(name) = part else { continue };
+        walked.push(name);
+        // The whole path again each time: a link in it is resolved from the container's root.
+        parent = match openat2(root, &walked, flags, Mode::empty(), resolve) {
+            Ok(found) => found,
+            Err(Errno::NOENT) => match mkdirat(&parent, name, Mode::from_raw_mode(0o755)) {
+                Ok(()) => openat2(root, &walked, flags, Mode::empty(), resolve).map_err(fail)?,
+                Err(Errno::ROFS) => return Ok(()),
+                Err(error) => return Err(fail(error)),
+            },
+            Err(error) => return Err(fail(error)),
+        };
+    }
+    Ok(())
+}
+
+/// Unmounts the root and removes the container's directory. What was never made is fine.
+///
+/// # Errors
+/// [`Error::Unmount`] when it is in use, which nothing of the container's should be.
+pub(crate) fn remove(directory: &Path) -> Result<(), Error> {
+    unmount_if_mounted(&directory.join("rootfs"))?;
+    unmount_parts(directory)?;
+    match fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(Error::Unmount(directory.to_owned(), error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// overlayfs keeps what it is made of alive, so the parts are reachable by a path only while it is put together.
+fn overlay(
+    layers: &[BlockSource],
+    upper: Option<&Upper>,
+    directory: &Path,
+    target: &Path,
+) -> Result<(), Error> {
+    let what = || format!("overlay of {} layers", layers.len());
+    let context = open("overlay", &what())?;
+    let failed = |step| move |error: Errno| Error::Mount { what: what(), step, source: error.into() };
+    fsconfig_set_string(&context, "source", "overlay").map_err(failed("source"))?;
+    let layers_at = directory.join("layers");
+    create_directory(&layers_at)?;
+    for (number, layer) in layers.iter().enumerate() {
+        let layer_at = layers_at.join(number.to_string());
+        create_directory(&layer_at)?;
+        attach(&erofs(layer)?, &layer_at)?;
+        fsconfig_set_string(&context, "lowerdir+", &layer_at).map_err(failed("lowerdir+"))?;
+    }
+    if let Some(upper) = upper {
+        let upper_at = directory.join("upper");
+        create_directory(&upper_at)?;
+        let mounted = match upper {
+            Upper::TmpfsBytes(bytes) => tmpfs(*bytes)?,
+            Upper::Ext4(device) => ext4(device)?,
+            // A field that a newer host knows.
+            _ => return Err(Error::Nothing),
+        };
+        attach(&mounted, &upper_at)?;
+        for (key, name) in [("upperdir", "upper"), ("workdir", "work")] {
+            create_directory(&upper_at.join(name))?;
+            fsconfig_set_string(&context, key, upper_at.join(name)).map_err(failed("upperdir or workdir"))?;
+        }
+    }
+    let mounted = create(&context, &what(), upper.is_none())?;
+    attach(&mounted, target)?;
+    unmount_parts(directory)
+}
+
+/// Unmounts what an overlay was made of.
+fn unmount_parts(directory: &Path) -> Result<(), Error> {
+    unmount_if_mounted(&directory.join("upper"))?;
+    let layers = fs::read_dir(directory.join("layers")).into_iter().flatten().flatten();
+    layers.map(|entry| entry.path()).try_for_each(|layer| unmount_if_mounted(&layer))
+}
+
+fn unmount_if_mounted(target: &Path) -> Result<(), Error> {
+    match unmount(target, UnmountFlags::NOFOLLOW) {
+        Ok(()) | Err(Errno::INVAL | Errno::NOENT) => Ok(()),
+        Err(error) => Err(Error::Unmount(target.to_owned(), error.into())),
+    }
+}
+
+fn erofs(source: &BlockSource) -> Result<OwnedFd, Error> {
+    device_mount("erofs", source, true)
+}
+
+fn ext4(source: &BlockSource) -> Result<OwnedFd, Error> {
+    device_mount("ext4", source, false)
+}
+
+fn device_mount(kind: &str, source: &BlockSource, read_only: bool) -> Result<OwnedFd, Error> {
+    let device = guest::block_device(source.slot, source.partition)?;
+    let what = format!("{} as {kind}", device.display());
+    let context = open(kind, &what)?;
+    fsconfig_set_string(&context, "source", &device).map_err(|error| Error::Mount {
+        what: what.clone(),
+        step: "source",
+        source: error.into(),
+    })?;
+    create(&context, &what, read_only)
+}
+
+fn tmpfs(bytes: u64) -> Result<OwnedFd, Error> {
+    let what = format!("tmpfs of {bytes} bytes");
+    let context = open("tmpfs", &what)?;
+    let size = bytes.to_string();
+    for (key, value) in [("source", "tmpfs"), ("size", size.as_str()), ("mode", "0755")] {
+        fsconfig_set_string(&context, key, value).map_err(|error| Error::Mount {
+            what: what.clone(),
+            step: "size",
+            source: error.into(),
+        })?;
+    }
+    create(&context, &what, false)
+}
+
+fn open(kind: &str, what: &str) -> Result<OwnedFd, Error> {
+    fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC).map_err(|error| Error::Mount {
+        what: what.into(),
+        step: "fsopen",
+        source: error.into(),
+    })
+}
+
+fn create(context: &OwnedFd, what: &str, read_only: bool) -> Result<OwnedFd, Error> {
+    let failed = |step| move |error: Errno| Error::Mount { what: what.into(), step, source: error.into() };
+    let mut attributes = MountAttrFlags::empty();
+    if read_only {
+        fsconfig_set_flag(context, "ro").map_err(failed("ro"))?;
+        attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
+    }
+    fsconfig_create(context).map_err(failed("create"))?;
+    fsmount(context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(failed("fsmount"))
+}
+
+fn attach(mounted: &OwnedFd, target: &Path) -> Result<(), Error> {
+    move_mount(mounted, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(|error| {
+        Error::Mount { what: target.display().to_string(), step: "move_mount", source: error.into() }
+    })
+}
+
+fn create_directory(path: &Path) -> Result<(), Error> {
+    match fs::create_dir(path) {
+        // A scratch disk that was used before has its directories.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        other => other.map_err(|error| Error::Create(path.to_owned(), error)),
+    }
+}
+
+fn open_directory(path: &Path) -> Result<OwnedFd, Error> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(CWD, path, flags, Mode::empty())
+        .map_err(|error| Error::Open(path.to_owned(), error.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    fn root() -> (tempfile::TempDir, OwnedFd) {
+        let directory = tempfile::tempdir().unwrap();
+        let opened = open_directory(directory.path()).unwrap();
+        (directory, opened)
+    }
+
+    #[test]
+    fn a_root_with_a_link_for_a_mount_point_is_refused() {
+        let (directory, opened) = root();
+        fs::create_dir(directory.path().join("proc")).unwrap();
+        check(&opened).unwrap();
+        symlink("/tmp", directory.path().join("dev")).unwrap();
+        assert!(matches!(check(&opened), Err(Error::NotDirectory("dev"))));
+    }
+
+    #[test]
+    fn a_working_directory_is_made_within_the_root() {
+        let (directory, opened) = root();
+        let outside = tempfile::tempdir().unwrap();
+        symlink(outside.path(), directory.path().join("out")).unwrap();
+        create_working_directory(&opened, Path::new("/a//b/c")).unwrap();
+        assert!(directory.path().join("a/b/c").is_dir());
+        // The link leads to a path that does not exist below the root: nothing is made anywhere.
+        assert!(create_working_directory(&opened, Path::new("/out/x")).is_err());
+        assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_root_of_nothing_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        assert!(matches!(mount(&Rootfs::default(), directory.path()), Err(Error::Nothing)));
+    }
+}

@@ -1,0 +1,324 @@
+//! From the configuration that the host sends to the one that libcontainer gets.
+//!
+//! What libcontainer 0.7 would ignore, or get wrong, is refused here or put right; each place says which. Nothing that
+//! a configuration asks for is dropped in silence.
+
+use std::collections::HashMap;
+use std::path::{Component, Path, PathBuf};
+
+use oci_spec::runtime::{
+    Hooks, Linux, LinuxCapabilities, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType,
+    LinuxResources, LinuxSeccomp, LinuxSeccompAction, Mount, PosixRlimit, Process, Spec,
+};
+
+/// Why a configuration is refused.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("the configuration is no valid JSON of the OCI runtime specification")]
+    Parse(#[from] serde_json::Error),
+    #[error("the configuration has no {0}")]
+    Missing(&'static str),
+    #[error("{0} hooks are not supported: they are programs of the host, which the guest does not have")]
+    Hook(&'static str),
+    #[error("{0} is not supported")]
+    Unsupported(&'static str),
+    #[error("the {0} namespace has a path: joining another container's namespaces is not supported")]
+    NamespacePath(LinuxNamespaceType),
+    #[error("{0} is bind mounted from {1}: no host directory is shared with this guest")]
+    Bind(PathBuf, PathBuf),
+    #[error("the working directory {0} is not absolute")]
+    WorkingDirectory(PathBuf),
+    #[error("unified resource {0:?} names no file of the container's own cgroup")]
+    Unified(String),
+    #[error(transparent)]
+    Invalid(#[from] libcontainer::error::ErrInvalidSpec),
+    #[error("invalid mount option")]
+    MountOption(#[source] libcontainer::error::LibcontainerError),
+}
+
+/// Parses a `config.json` and makes it what libcontainer shall run.
+///
+/// # Errors
+/// [`Error`] names what is wrong or not supported.
+pub(crate) fn container(json: &[u8], cgroup: &str, root: &Path) -> Result<Spec, Error> {
+    let mut spec: Spec = serde_json::from_slice(json)?;
+    refuse_hooks(spec.hooks().as_ref())?;
+    let mut process = spec.process().clone().ok_or(Error::Missing("process"))?;
+    prepare_process(&mut process)?;
+    spec.set_process(Some(process));
+
+    let mut linux = spec.linux().clone().ok_or(Error::Missing("linux section"))?;
+    prepare_linux(&mut linux)?;
+    linux.set_cgroups_path(Some(cgroup.into()));
+    spec.set_linux(Some(linux));
+
+    for mount in spec.mounts().iter().flatten() {
+        check_mount(mount)?;
+    }
+    let mut file_system = spec.root().clone().unwrap_or_default();
+    // Its default is a read-only root, which a configuration without this section did not ask for.
+    if spec.root().is_none() {
+        file_system.set_readonly(Some(false));
+    }
+    file_system.set_path(root.to_owned());
+    spec.set_root(Some(file_system));
+
+    libcontainer::validator::Validator::validate_spec(&spec)?;
+    if let Some(mounts) = spec.mounts() {
+        libcontainer::utils::validate_mount_options(mounts).map_err(Error::MountOption)?;
+    }
+    Ok(spec)
+}
+
+/// Parses the `process` of an exec and puts it into the configuration of the container that it joins, whose init has
+/// process id `init`.
+///
+/// libcontainer's own way of joining leaves out the container's seccomp filter and its user namespace.
+///
+/// # Errors
+/// [`Error`] names what is wrong or not supported.
+pub(crate) fn joining(container: &Spec, json: &[u8], init: i32, cgroup: &str) -> Result<Spec, Error> {
+    let mut process: Process = serde_json::from_slice(json)?;
+    prepare_process(&mut process)?;
+    let mut linux = container.linux().clone().ok_or(Error::Missing("linux section"))?;
+    let namespaces =
+        linux.namespaces().iter().flatten().map(|namespace| join(namespace.typ(), init)).collect();
+    linux.set_namespaces(Some(namespaces)).set_cgroups_path(Some(cgroup.into()));
+    // These belong to the container's creation; the namespaces they are about exist.
+    linux.set_sysctl(None).set_uid_mappings(None).set_gid_mappings(None).set_time_offsets(None);
+    let mut spec = container.clone();
+    spec.set_process(Some(process))
+        .set_linux(Some(linux))
+        .set_mounts(None)
+        .set_hostname(None)
+        .set_domainname(None);
+    Ok(spec)
+}
+
+/// The resource limits, taken out: the worker sets them on the process that is about to start, where they cannot get in
+/// the way of libcontainer, and which needs no rights in the container's user namespace.
+pub(crate) fn take_rlimits(spec: &mut Spec) -> Vec<PosixRlimit> {
+    spec.process_mut()
+        .as_mut()
+        .and_then(|process| {
+            let rlimits = process.rlimits().clone();
+            process.set_rlimits(None);
+            rlimits
+        })
+        .unwrap_or_default()
+}
+
+/// Sets `HOME` as Docker does, when it is not set or empty. It must be set: libcontainer would ask libc, which in a
+/// static binary loads the image's NSS libraries.
+pub(crate) fn set_home(process: &mut Process, home: &str) {
+    let mut environment = process.env().clone().unwrap_or_default();
+    let set = |variable: &String| variable.strip_prefix("HOME=").is_some_and(|home| !home.is_empty());
+    if !environment.iter().any(set) {
+        environment.retain(|variable| !variable.starts_with("HOME="));
+        environment.push(format!("HOME={home}"));
+    }
+    process.set_env(Some(environment));
+}
+
+/// Resolves `.` and `..` by the names alone, as Docker does with a working directory.
+fn clean(path: &Path) -> PathBuf {
+    let mut cleaned = PathBuf::from("/");
+    for part in path.components() {
+        match part {
+            Component::Normal(name) => cleaned.push(name),
+            Component::ParentDir => {
+                cleaned.pop();
+            }
+            _ => {}
+        }
+    }
+    cleaned
+}
+
+fn prepare_process(process: &mut Process) -> Result<(), Error> {
+    if process.args().as_ref().is_none_or(|args| args.first().is_none_or(String::is_empty)) {
+        return Err(Error::Missing("process.args"));
+    }
+    let set = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
+    // The guest has neither; libcontainer ignores the latter.
+    if set(process.apparmor_profile()) {
+        return Err(Error::Unsupported("process.apparmorProfile"));
+    }
+    if set(process.selinux_label()) {
+        return Err(Error::Unsupported("process.selinuxLabel"));
+    }
+    process.set_apparmor_profile(None).set_selinux_label(None);
+    // libcontainer takes any value for true when it decides when to load the seccomp filter, which without the flag
+    // has to be while the process still has its capabilities.
+    if process.no_new_privileges() == Some(false) {
+        process.set_no_new_privileges(None);
+    }
+    // libcontainer leaves a process all capabilities whose set is not mentioned.
+    let mut capabilities = process.capabilities().clone().unwrap_or_else(no_capabilities);
+    let bounding = capabilities.bounding().clone().unwrap_or_default();
+    let effective = capabilities.effective().clone().unwrap_or_default();
+    let permitted = capabilities.permitted().clone().unwrap_or_default();
+    let inheritable = capabilities.inheritable().clone().unwrap_or_default();
+    let ambient = capabilities.ambient().clone().unwrap_or_default();
+    capabilities.set_bounding(Some(bounding)).set_effective(Some(effective)).set_permitted(Some(permitted));
+    capabilities.set_inheritable(Some(inheritable)).set_ambient(Some(ambient));
+    process.set_capabilities(Some(capabilities));
+    if !process.cwd().is_absolute() {
+        return Err(Error::WorkingDirectory(process.cwd().clone()));
+    }
+    process.set_cwd(clean(process.cwd()));
+    Ok(())
+}
+
+fn no_capabilities() -> LinuxCapabilities {
+    let mut none = LinuxCapabilities::default();
+    none.set_bounding(None).set_effective(None).set_permitted(None).set_inheritable(None).set_ambient(None);
+    none
+}
+
+fn prepare_linux(linux: &mut Linux) -> Result<(), Error> {
+    let namespaces = linux.namespaces().clone().unwrap_or_default();
+    if !namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Mount) {
+        return Err(Error::Missing("mount namespace, which would give it the agent's"));
+    }
+    if let Some(joined) = namespaces.iter().find(|namespace| namespace.path().is_some()) {
+        return Err(Error::NamespacePath(joined.typ()));
+    }
+    for (present, name) in [
+        (linux.intel_rdt().is_some(), "linux.intelRdt"),
+        (linux.net_devices().as_ref().is_some_and(|devices| !devices.is_empty()), "linux.netDevices"),
+        (linux.mount_label().as_ref().is_some_and(|label| !label.is_empty()), "linux.mountLabel"),
+    ] {
+        if present {
+            return Err(Error::Unsupported(name));
+        }
+    }
+    linux.set_mount_label(None);
+    if let Some(seccomp) = linux.seccomp() {
+        check_seccomp(seccomp)?;
+    }
+    // Without this section libcontainer would not load its device filter, and the guest's disks would be open to anyone
+    // who may make device nodes.
+    let mut resources = linux.resources().clone().unwrap_or_default();
+    prepare_resources(&mut resources)?;
+    linux.set_resources(Some(resources));
+    Ok(())
+}
+
+/// A filter that asks a supervisor needs one in the guest.
+fn check_seccomp(seccomp: &LinuxSeccomp) -> Result<(), Error> {
+    let rules = seccomp.syscalls().iter().flatten();
+    let notifies = rules.map(oci_spec::runtime::LinuxSyscall::action).chain([seccomp.default_action()]);
+    if seccomp.listener_path().is_some()
+        || notifies.into_iter().any(|a| a == LinuxSeccompAction::ScmpActNotify)
+    {
+        return Err(Error::Unsupported("SCMP_ACT_NOTIFY"));
+    }
+    Ok(())
+}
+
+fn prepare_resources(resources: &mut LinuxResources) -> Result<(), Error> {
+    let mut unified = resources.unified().clone().unwrap_or_default();
+    if let Some(file) = unified.keys().find(|file| file.contains('/') || file.starts_with("cgroup.")) {
+        return Err(Error::Unified(file.clone()));
+    }
+    if let Some(memory) = resources.memory_mut() {
+        // Limits of cgroup v1, which libcontainer ignores.
+        #[allow(deprecated)]
+        let kernel = memory.kernel().is_some_and(|limit| limit > 0);
+        for (asked, name) in [
+            (kernel, "memory.kernel"),
+            (memory.kernel_tcp().is_some_and(|limit| limit > 0), "memory.kernelTCP"),
+            (memory.swappiness().is_some(), "memory.swappiness"),
+            (memory.disable_oom_killer() == Some(true), "memory.disableOOMKiller"),
+        ] {
+            if asked {
+                return Err(Error::Unsupported(name));
+            }
+        }
+        // libcontainer does not write a swap limit of nothing, which is what an equal memory and memory-and-swap mean.
+        if let (Some(limit), Some(swap)) = (memory.limit(), memory.swap())
+            && limit > 0
+            && swap == limit
+        {
+            memory.set_swap(None);
+            unified.insert("memory.swap.max".into(), "0".into());
+        }
+    }
+    for (asked, name) in [
+        (resources.network().is_some(), "linux.resources.network"),
+        (resources.rdma().as_ref().is_some_and(|rdma| !rdma.is_empty()), "linux.resources.rdma"),
+    ] {
+        if asked {
+            return Err(Error::Unsupported(name));
+        }
+    }
+    drop_swap_without_swap(resources, &mut unified);
+    resources.set_unified(if unified.is_empty() { None } else { Some(unified) });
+    Ok(())
+}
+
+/// A kernel that cannot swap enforces every limit on it, and has no file to write it to.
+fn drop_swap_without_swap(resources: &mut LinuxResources, unified: &mut HashMap<String, String>) {
+    if Path::new("/proc/swaps").exists() {
+        return;
+    }
+    unified.remove("memory.swap.max");
+    if let Some(memory) = resources.memory_mut() {
+        memory.set_swap(None);
+    }
+}
+
+fn check_mount(mount: &Mount) -> Result<(), Error> {
+    let mapped = |mappings: &Option<Vec<_>>| mappings.as_ref().is_some_and(|mappings| !mappings.is_empty());
+    let options = || mount.options().iter().flatten().map(String::as_str);
+    // libcontainer skips these options.
+    if mapped(mount.uid_mappings())
+        || mapped(mount.gid_mappings())
+        || options().any(|o| o == "idmap" || o == "ridmap")
+    {
+        return Err(Error::Unsupported("an id-mapped mount"));
+    }
+    // A bind mount's source would be a path of the agent's.
+    if libcontainer::rootfs::utils::is_bind(mount) {
+        let source = mount.source().clone().unwrap_or_default();
+        return Err(Error::Bind(mount.destination().clone(), source));
+    }
+    Ok(())
+}
+
+fn refuse_hooks(hooks: Option<&Hooks>) -> Result<(), Error> {
+    let Some(hooks) = hooks else { return Ok(()) };
+    #[allow(deprecated)]
+    let prestart = hooks.prestart();
+    for (name, hooks) in [
+        ("prestart", prestart),
+        ("createRuntime", hooks.create_runtime()),
+        ("createContainer", hooks.create_container()),
+        ("startContainer", hooks.start_container()),
+        ("poststart", hooks.poststart()),
+        ("poststop", hooks.poststop()),
+    ] {
+        if hooks.as_ref().is_some_and(|hooks| !hooks.is_empty()) {
+            return Err(Error::Hook(name));
+        }
+    }
+    Ok(())
+}
+
+/// The namespace of a running process, by its path.
+fn join(kind: LinuxNamespaceType, init: i32) -> LinuxNamespace {
+    let name = match kind {
+        LinuxNamespaceType::Mount => "mnt",
+        LinuxNamespaceType::Cgroup => "cgroup",
+        LinuxNamespaceType::Uts => "uts",
+        LinuxNamespaceType::Ipc => "ipc",
+        LinuxNamespaceType::User => "user",
+        LinuxNamespaceType::Pid => "pid",
+        LinuxNamespaceType::Network => "net",
+        LinuxNamespaceType::Time => "time",
+    };
+    let namespace = LinuxNamespaceBuilder::default().typ(kind).path(format!("/proc/{init}/ns/{name}"));
+    // Every field of the builder has a default.
+    namespace.build().unwrap_or_default()
+}
