@@ -15,26 +15,24 @@ connect() {
     -o PermitLocalCommand=yes -o LocalCommand='echo ready' root@lab </dev/null
 }
 
-# remote [OPTION...] -- COMMAND...: replaces the calling process by one that runs COMMAND in the lab, byte for byte and
+# A session never makes a connection of its own.
+session() {
+  alive || die "no lab is up in $lab"
+  cd "$lab/vm"
+  exec ssh "${ssh_options[@]}" -o ProxyCommand=false "$@"
+}
+
+# remote COMMAND...: replaces the calling process by one that runs COMMAND in the lab, byte for byte and
 # with its exit code; 128+n if a signal ended it, 255 if the lab was lost.
 remote() {
-  local options=() command
-  while [[ $1 != -- ]]; do
-    options+=("$1")
-    shift
-  done
-  shift
-  alive || die "no lab is up in $lab"
+  local command
   # The shell stays to turn a signal into an exit code, and must not comment on it.
   printf -v command '%q ' "$@"
-  cd "$lab/vm"
-  exec ssh "${ssh_options[@]}" "${options[@]}" root@lab "exec 3>&2 2>/dev/null; env -- $command 2>&3 3>&-; exit \$?"
+  session root@lab "exec 3>&2 2>/dev/null; env -- $command 2>&3 3>&-; exit \$?"
 }
 
 shell() {
-  alive || die "no lab is up in $lab"
-  cd "$lab/vm"
-  exec ssh "${ssh_options[@]}" -t root@lab
+  session -t root@lab
 }
 
 # Both copy with modes, links and holes; DST is a directory, made if it is not there.
@@ -45,19 +43,19 @@ push() {
     sources+=(-C "$(realpath -s "$(dirname "$source")")" "$(basename "$source")")
   done
   tar --sparse --owner=0 --group=0 --numeric-owner -cf - "${sources[@]}" |
-    (remote -- sh -c 'mkdir -p "$1" && exec tar -xf - -C "$1" --no-overwrite-dir --keep-directory-symlink' push "$destination")
+    (remote sh -c 'mkdir -p "$1" && exec tar -xf - -C "$1" --no-overwrite-dir --keep-directory-symlink' push "$destination")
 }
 
 pull() {
   local destination=${*: -1}
   (($# >= 2)) || usage
   mkdir -p "$destination"
-  (remote -- sh -c 'for path; do set -- "$@" -C "$(dirname "$path")" "$(basename "$path")"; shift; done; exec tar --sparse -cf - "$@"' \
+  (remote sh -c 'for path; do set -- "$@" -C "$(dirname "$path")" "$(basename "$path")"; shift; done; exec tar --sparse -cf - "$@"' \
     pull "${@:1:$#-1}") </dev/null | tar -xf - -C "$destination" --no-same-owner
 }
 
 push_artifacts() {
   [[ -n ${BULKHEAD_ARTIFACTS:-} ]] || return 0
   tar --sparse --owner=0 --group=0 --numeric-owner -C "$BULKHEAD_ARTIFACTS" -cf - . |
-    (remote -- tar -xf - -C / --no-overwrite-dir --keep-directory-symlink)
+    (remote tar -xf - -C / --no-overwrite-dir --keep-directory-symlink)
 }

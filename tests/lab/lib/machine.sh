@@ -1,12 +1,13 @@
 # The running machine: its keeper, its state directory, up, down and status.
 #
 # A lab is a directory. `lock` in it is held by the keeper, a process that owns QEMU and the ssh connection: if one of
-# them ends, it ends the others and removes the directory `vm`. If the keeper itself is killed, the kernel kills both
-# (PR_SET_PDEATHSIG), and whoever comes next finds the lock free and the directory stale.
+# them ends, it ends the other, and tidies up the directory `vm`. If the keeper itself is killed, the kernel kills both
+# (PR_SET_PDEATHSIG), and whoever comes next finds the lock free, hence the directory stale.
 # shellcheck shell=bash disable=SC2154,SC2054,SC2164
 
+# Whether commands can be run; with "keeper", whether it has a keeper, if only a starting one.
 alive() {
-  [[ -e $lab/vm/keeper ]] && ! flock --nonblock "$lab/lock" true
+  [[ -e $lab/vm/${1:-ctl} ]] && ! flock --shared --nonblock "$lab/lock" true
 }
 
 qemu_command() {
@@ -39,17 +40,17 @@ qemu_command() {
 # keeper IMAGE BOOT OWNER: runs in a process of its own, prints "ready", and stays until the machine ends. With OWNER
 # not 0 it was started to get SIGTERM when that process dies.
 keeper() {
-  local image=$1 boot=$2 owner=$3 qemu
+  local image=$1 boot=$2 owner=$3 qemu asked=
   exec {lock}>"$lab/lock"
-  flock --nonblock "$lock" || die "another keeper is at work in $lab"
+  flock --timeout 5 "$lock" || die "another keeper is at work in $lab"
   rm -rf "$lab/vm"
   mkdir "$lab/vm"
   cd "$lab/vm"
   exec 2>keeper.log
-  trap 'exit 143' TERM INT HUP
-  trap 'kill -KILL $(jobs -p) 2>/dev/null || true; wait; cd /; rm -rf "$lab/vm"' EXIT
+  trap 'asked=1; exit 143' TERM INT HUP
+  trap clean_up EXIT
   # The owner may have died before this process asked to be told.
-  ((owner == 0 || owner == PPID)) || exit 1
+  ((owner == 0 || owner == PPID)) || kill -TERM "$BASHPID"
   ln -s "$image" image
   echo "$boot" >boot
   echo "$BASHPID" >keeper
@@ -63,24 +64,39 @@ keeper() {
   wait -n
 }
 
+# A machine that ended though nobody asked leaves its logs.
+clean_up() {
+  # shellcheck disable=SC2046
+  kill -KILL $(jobs -p) 2>/dev/null || true
+  wait
+  if [[ -n $asked ]]; then
+    rm -rf "$lab/vm"
+  else
+    find "$lab/vm" -mindepth 1 ! -name '*.log' -delete
+  fi
+}
+
 up() {
-  local owner=$1 image keeper_out line
+  local owner=$1 image line keeper_out guard
+  [[ -z ${BULKHEAD_ARTIFACTS:-} || -d $BULKHEAD_ARTIFACTS ]] || die "BULKHEAD_ARTIFACTS=$BULKHEAD_ARTIFACTS: no such directory"
+  mkdir -p "$lab"
+  # Whoever comes while another boots the lab waits for that.
+  exec {guard}>"$lab/up"
+  flock "$guard"
   if alive; then
     [[ $(<"$lab/vm/boot") == "$boot" ]] || die "a lab is up, but for $(<"$lab/vm/boot"); take it down first"
     push_artifacts
     return
   fi
   need qemu-system-x86_64 socat ssh setpriv setsid flock
-  [[ -z ${BULKHEAD_ARTIFACTS:-} || -d $BULKHEAD_ARTIFACTS ]] || die "BULKHEAD_ARTIFACTS=$BULKHEAD_ARTIFACTS: no such directory"
   image=$(lab_image)
-  mkdir -p "$lab"
-  exec {keeper_out}< <(start_keeper "$image" "$owner")
+  exec {keeper_out}< <(start_keeper "$image" "$owner" {guard}>&-)
   if ! read -r -t "${BULKHEAD_LAB_TIMEOUT:-120}" line <&"$keeper_out" || [[ $line != ready ]]; then
     keep_logs boot
     down
     die "the machine did not come up"
   fi
-  exec {keeper_out}<&-
+  exec {keeper_out}<&- {guard}>&-
 }
 
 start_keeper() {
@@ -90,10 +106,10 @@ start_keeper() {
 }
 
 down() {
-  if alive; then
+  if alive keeper; then
     kill -TERM "$(<"$lab/vm/keeper")" 2>/dev/null || true
     # Free once the keeper has cleaned up and gone.
-    flock "$lab/lock" true
+    flock --shared "$lab/lock" true
   fi
   rm -rf "$lab/vm"
 }
