@@ -11,6 +11,8 @@ const PREFIXES: [(&[u8], u8); 5] = [
     (b"trusted.", 4),
     (b"security.", 6),
 ];
+/// Longest name that Linux takes, its prefix included.
+const XATTR_NAME_MAX: usize = 255;
 /// `struct erofs_xattr_ibody_header`: a name filter, which is 0 when unused, and the count of shared attributes.
 const HEADER_BYTES: usize = 12;
 /// `i_xattr_icount` is 16 bits wide and counts the header as one and then units of four bytes.
@@ -39,8 +41,10 @@ impl Xattrs {
     pub fn add(&mut self, name: &[u8], value: &[u8]) -> Result<(), Error> {
         let refuse = |reason| Error::Xattr { name: String::from_utf8_lossy(name).into_owned(), reason };
         let (index, suffix) = split(name).ok_or_else(|| refuse("its namespace is not one that Linux has"))?;
-        let name_length =
-            u8::try_from(suffix.len()).map_err(|_| refuse("its name is longer than 255 bytes"))?;
+        if name.len() > XATTR_NAME_MAX {
+            return Err(refuse("its name is longer than 255 bytes"));
+        }
+        let name_length = u8::try_from(suffix.len()).expect("shorter than the name");
         let value_length =
             u16::try_from(value.len()).map_err(|_| refuse("its value is longer than 65535 bytes"))?;
         let entry = (4 + suffix.len() + value.len()).next_multiple_of(4);
@@ -128,7 +132,7 @@ mod tests {
     #[test]
     fn sizes_end_where_the_format_ends() {
         let mut xattrs = Xattrs::new();
-        let long_name = [b"user.".as_slice(), &[b'n'; 255]].concat();
+        let long_name = [b"user.".as_slice(), &[b'n'; 250]].concat();
         xattrs.add(&long_name, b"").unwrap();
         assert!(xattrs.add(&[long_name.as_slice(), b"n"].concat(), b"").is_err());
         assert!(xattrs.add(b"user.big", &vec![0; 65536]).is_err());

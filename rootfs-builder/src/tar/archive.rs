@@ -63,11 +63,14 @@ impl<R: Read> Archive<R> {
             let event = self.parser.parse(&self.buffer[self.start..self.end]);
             match event {
                 Ok(ParseEvent::NeedData { min_bytes }) => {
-                    if min_bytes > longest {
+                    // tar-core may ask for no more than there is: it has not found the end of a line.
+                    let available = self.end - self.start;
+                    let wanted = min_bytes.max(available + 1);
+                    if wanted > longest {
                         let previous = self.previous.clone();
                         return Err(Error::HeaderTooLong { offset: self.position, previous, limit: longest });
                     }
-                    if !self.fill(min_bytes)? {
+                    if !self.fill(wanted)? {
                         return if self.at_end() { Ok(None) } else { Err(self.truncated()) };
                     }
                 }
