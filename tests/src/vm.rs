@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use bulkhead_protocol::status;
+use bulkhead_sandbox::agent::Agent;
 use bulkhead_vmm::console_ring;
 use bulkhead_vmm::control::message::{
     Block, BlockLayout, Boot, Device, Event, Exit, Fd, FromOwner, FromVmm, Host, Reply, Request, Restore,
@@ -21,8 +22,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 pub type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
 
 /// The command line that a guest boots with; the VMM adds the slots.
-pub const CMDLINE: &str =
-    "console=hvc0 root=/dev/vda rootfstype=erofs ro init=/agent reboot=k panic=-1";
+pub const CMDLINE: &str = "console=hvc0 root=/dev/vda rootfstype=erofs ro init=/agent reboot=k panic=-1";
 
 pub const SLOT_ROOT: u8 = 0;
 pub const SLOT_VSOCK: u8 = 1;
@@ -35,6 +35,17 @@ pub fn artifact(name: &str) -> PathBuf {
     let prefix =
         std::env::var_os("BULKHEAD_PREFIX").map_or_else(|| PathBuf::from("/usr/local"), PathBuf::from);
     prefix.join(name)
+}
+
+/// The uid and gid of jailed VMMs.
+pub const JAIL_ID: u32 = 64001;
+
+/// Fails with a text unless the condition holds.
+///
+/// # Errors
+/// That text.
+pub fn ensure(holds: bool, otherwise: impl FnOnce() -> String) -> Result {
+    if holds { Ok(()) } else { Err(otherwise().into()) }
 }
 
 /// How a machine is made.
@@ -67,7 +78,7 @@ impl Default for Plan {
 
 /// A running VMM.
 pub struct Vm {
-    child: Child,
+    child: Process,
     control: ControlSocket,
     console: File,
     directory: tempfile::TempDir,
@@ -87,7 +98,8 @@ impl Vm {
         if plan.jailed {
             let root = directory.path().join("root");
             std::fs::create_dir(&root)?;
-            command.args(["--uid", "64001", "--gid", "64001", "--root"]).arg(root);
+            let id = JAIL_ID.to_string();
+            command.args(["--uid", &id, "--gid", &id, "--root"]).arg(root);
         }
         let fd = theirs.as_raw_fd();
         // SAFETY: between fork and exec only one system call is made.
@@ -97,7 +109,7 @@ impl Vm {
                 Ok(())
             });
         }
-        let child = command.spawn()?;
+        let child = Process(Some(command.spawn()?));
         let console = File::from(memfd_create(c"console", MFdFlags::MFD_CLOEXEC)?);
         console.set_len(console_ring::FILE_SIZE as u64)?;
         Ok(Self { child, control, console, directory, next_id: 0, events: Vec::new(), running: None })
@@ -217,16 +229,36 @@ impl Vm {
         self.running.expect("a machine that was booted")
     }
 
+    /// Calls the agent over a connection of its own.
+    ///
+    /// # Errors
+    /// When the agent cannot be reached, or those of the calls.
+    pub fn agent<T>(&self, calls: impl AsyncFnOnce(&Agent) -> Result<T>) -> Result<T> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async { calls(&Agent::connect(&self.vsock_path()).await?).await })
+    }
+
+    /// Closes the control socket and lets go of the process.
+    pub fn abandon(self) -> Child {
+        let Self { mut child, .. } = self;
+        child.0.take().expect("it is taken only here")
+    }
+
     /// The VMM's process.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.child.0.as_ref().map_or(0, Child::id)
     }
 }
 
-impl Drop for Vm {
+/// A process that does not outlive its handle.
+struct Process(Option<Child>);
+
+impl Drop for Process {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        if let Some(child) = &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
     }
 }
 

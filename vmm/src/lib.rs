@@ -11,6 +11,7 @@
 //! - [`memory`], [`arch`]: guest memory, and what is peculiar to x86_64
 //! - [`virtio`], [`devices`]: the transport and what is plugged into it
 //! - [`jail`]: giving up every privilege
+//! - [`probe`]: whether this host can run guests
 
 pub mod arch;
 pub mod board;
@@ -20,6 +21,7 @@ pub mod devices;
 pub mod jail;
 pub mod machine;
 pub mod memory;
+pub mod probe;
 pub mod server;
 pub mod snapshot;
 pub mod vcpu;

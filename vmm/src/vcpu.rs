@@ -2,7 +2,7 @@
 
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::{Builder, JoinHandle};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -111,25 +111,34 @@ struct Runner {
 impl Runner {
     /// Does what it is told until the guest ends.
     fn obey(mut self, commands: &Receiver<Command>) -> Exit {
+        let mut running = false;
         loop {
-            let Ok(command) = commands.recv() else {
-                // The machine was dropped, which happens only while the process ends.
-                return Exit::Kvm("the machine was dropped".to_owned());
+            let command = if running {
+                if let Some(end) = self.run() {
+                    return end;
+                }
+                // Cleared before the look for a command: whoever sets it has sent the command first, so none is missed.
+                self.fd.set_kvm_immediate_exit(0);
+                match commands.try_recv() {
+                    // A signal that came late, for a command that has been obeyed.
+                    Err(TryRecvError::Empty) => continue,
+                    other => other.ok(),
+                }
+            } else {
+                commands.recv().ok()
             };
             match command {
-                Command::Run => {
-                    if let Some(end) = self.run() {
-                        return end;
-                    }
-                }
-                Command::Pause(done) => {
-                    self.fd.set_kvm_immediate_exit(0);
+                // The machine was dropped, which happens only while the process ends.
+                None => return Exit::Kvm("the machine was dropped".to_owned()),
+                Some(Command::Run) => running = true,
+                Some(Command::Pause(done)) => {
+                    running = false;
                     // The guest's watchdogs must not count the time that it stands still. A guest that has not set up its
                     // clock yet has no watchdogs either: KVM then says EINVAL.
                     let _ = self.fd.kvmclock_ctrl();
                     let _ = done.send(());
                 }
-                Command::Save(context, done) => {
+                Some(Command::Save(context, done)) => {
                     let _ = done.send(VcpuState::save(&self.fd, &context.msr_list, context.xsave_len));
                 }
             }

@@ -11,7 +11,8 @@ use crate::Row;
 const RUNS: usize = 5;
 
 pub(crate) fn measure() -> Result<Vec<Row>> {
-    let plan = Plan { cmdline: format!("{} quiet loglevel=0", bulkhead_tests::vm::CMDLINE), ..Plan::default() };
+    let plan =
+        Plan { cmdline: format!("{} quiet loglevel=0", bulkhead_tests::vm::CMDLINE), ..Plan::default() };
     let mut totals = Vec::new();
     let mut parts: [Vec<Duration>; 4] = Default::default();
     let mut memory = 0.0;
@@ -30,7 +31,8 @@ pub(crate) fn measure() -> Result<Vec<Row>> {
         }
         memory = overhead_kib(&vm, plan.memory_mib)?;
     }
-    let mut rows = vec![Row::ms("VMM spawn to agent ready (1 vCPU, 256 MiB, 4 devices and a console)", totals)];
+    let mut rows =
+        vec![Row::ms("VMM spawn to agent ready (1 vCPU, 256 MiB, 4 devices and a console)", totals)];
     let names = ["  process", "  jail and request", "  KVM, devices, kernel loaded", "  kernel and agent"];
     rows.extend(names.iter().zip(parts).map(|(name, part)| Row::ms(name, part)));
     rows.push(Row::new("VMM memory beyond the guest's", memory / 1024.0, "MiB"));

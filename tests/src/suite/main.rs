@@ -1,13 +1,17 @@
 //! The suite that needs real KVM. It runs as root where Bulkhead is installed: in the lab, or on a machine with KVM.
 
 mod boot;
+mod jail;
+mod plug;
+mod snapshot;
 
 use bulkhead_tests::vm;
 use libtest_mimic::{Arguments, Trial};
 
 fn main() {
     let arguments = Arguments::from_args();
-    let tests = [boot::tests()].into_iter().flatten().collect();
+    let tests =
+        [boot::tests(), jail::tests(), plug::tests(), snapshot::tests()].into_iter().flatten().collect();
     libtest_mimic::run(&arguments, tests).exit();
 }
 
