@@ -88,7 +88,7 @@ mod tests {
             backlog.push(std::iter::once(VolatileSlice::from(&mut bytes[..])));
             assert!(backlog.bytes.capacity() <= CAPACITY);
             backlog.send(&ours).unwrap();
-            let mut read = [0; 30_000];
+            let mut read = vec![0; 30_000];
             let count = theirs.read(&mut read).unwrap();
             assert!(read[..count].iter().copied().eq(expected.by_ref().take(count)));
             consumed += count;

@@ -15,10 +15,12 @@
 //! | guest | SHUTDOWN(both) | both; and the guest an RST once all data has been passed on |
 //! | guest | RST | end of file, behind all data, and a broken pipe |
 
-use std::io::{ErrorKind, Write};
+use std::io::ErrorKind;
 use std::net::Shutdown;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
+use nix::sys::socket::{MsgFlags, recv, send};
 use vm_memory::VolatileSlice;
 use vmm_sys_util::epoll::EventSet;
 
@@ -258,7 +260,8 @@ impl Connection {
             // It gave up before it was connected. Should the guest accept, it is told that nobody is there.
             State::Asking | State::Asked if hung_up => return Verdict::Remove,
             State::Asking | State::Asked | State::Open | State::Draining => {
-                self.readable |= events.intersects(EventSet::IN | EventSet::READ_HANG_UP) || hung_up;
+                // An end shows as something to read too.
+                self.readable |= events.contains(EventSet::IN);
                 self.hung_up |= hung_up;
                 if self.hung_up && self.host_ended & shutdown::SEND != 0 {
                     self.host_reads_no_more();
@@ -281,7 +284,8 @@ impl Connection {
                 self.state = State::Open;
                 let line = format!("OK {}\n", self.local_port);
                 // Nothing was written before, so the socket has room; if not, nobody is there.
-                if (&self.socket).write(line.as_bytes()).ok() != Some(line.len()) {
+                let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+                if send(self.socket.as_raw_fd(), line.as_bytes(), flags) != Ok(line.len()) {
                     return Verdict::Reset;
                 }
             }
@@ -346,6 +350,7 @@ impl Connection {
         let ended = self.guest_ended & !self.guest_told;
         if ended & shutdown::RECEIVE != 0 {
             self.pass_on(shutdown::RECEIVE, Shutdown::Read);
+            self.discard_input();
             // So the host program cannot send, which the guest need not be told.
             self.host_ended |= shutdown::SEND;
             self.host_told |= shutdown::SEND;
@@ -361,6 +366,16 @@ impl Connection {
             (_, shutdown::BOTH) => Verdict::Reset,
             _ => Verdict::Keep,
         }
+    }
+
+    /// Takes out of the socket what the guest will not read. If it were left there, the host program would find an error instead of
+    /// the end behind the guest's data.
+    fn discard_input(&mut self) {
+        let mut discarded = vec![0; 64 << 10];
+        // Ends: nothing can be added any more, and the socket's own bound holds for what it has.
+        while recv(self.socket.as_raw_fd(), &mut discarded, MsgFlags::MSG_DONTWAIT)
+            .is_ok_and(|count| count > 0)
+        {}
     }
 
     fn pass_on(&mut self, what: u32, how: Shutdown) {

@@ -16,31 +16,6 @@ impl Guest {
     fn told_reset(&mut self) -> bool {
         self.packet().header.op == op::RST
     }
-
-    /// Sends until the device keeps something because the host's socket is full. Returns what was sent.
-    fn stuff(&mut self, socket: &mut Socket) -> Vec<u8> {
-        let mut sent = Vec::new();
-        while socket.room() > 0 {
-            let data = pattern(socket.room());
-            socket.send(self, &data);
-            sent.extend(data);
-            self.packets().iter().for_each(|packet| socket.hear(&packet.header));
-        }
-        sent
-    }
-
-    /// Reads to the end of what the device has for the host program.
-    fn drain(&mut self, mut host: &UnixStream) -> Vec<u8> {
-        let mut received = Vec::new();
-        let mut part = vec![0; 1 << 20];
-        loop {
-            self.settle().unwrap();
-            match host.read(&mut part).unwrap() {
-                0 => return received,
-                count => received.extend_from_slice(&part[..count]),
-            }
-        }
-    }
 }
 
 #[test]
@@ -203,6 +178,20 @@ fn a_guest_that_closes_loses_nothing() {
     assert!(is_broken(&host));
     assert!(guest.drain(&host) == sent);
     assert!(guest.told_reset());
+}
+
+#[test]
+fn the_end_of_output_is_no_error_though_input_was_left_over() {
+    for end in [op::SHUTDOWN, op::RST] {
+        let mut guest = Guest::new();
+        let (mut host, mut socket) = guest.connect(0);
+        host.write_all(&pattern(150_000)).unwrap();
+        guest.packets();
+        socket.send(&mut guest, b"output");
+        guest.send(Header { flags: BOTH, ..socket.header(end) }, &[]);
+        assert_eq!(guest.drain(&host), b"output");
+        assert!(is_broken(&host));
+    }
 }
 
 #[test]

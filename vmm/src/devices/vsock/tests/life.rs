@@ -26,6 +26,14 @@ fn the_first_line_may_come_byte_by_byte() {
     assert_eq!(guest.packet().header.dst_port, 77);
 }
 
+/// True when the other end is gone. A socket that closes with something unread reports that as a reset.
+fn is_closed(mut host: &UnixStream) -> bool {
+    match host.read(&mut [0]) {
+        Ok(count) => count == 0,
+        Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
+    }
+}
+
 #[test]
 fn a_host_program_that_says_something_else_is_turned_away() {
     let mut guest = Guest::new();
@@ -33,14 +41,13 @@ fn a_host_program_that_says_something_else_is_turned_away() {
         let mut host = guest.dial();
         host.write_all(line.as_bytes()).unwrap();
         assert_eq!(guest.packets(), []);
-        // What it had sent was not all read, which its socket reports as a reset.
-        assert!(host.read(&mut [0]).map_or(true, |count| count == 0), "{line}");
+        assert!(is_closed(&host), "{line}");
     }
     let mut host = guest.dial();
     host.write_all(b"CONNECT 1").unwrap();
     host.shutdown(std::net::Shutdown::Write).unwrap();
     assert_eq!(guest.packets(), []);
-    assert!(host.read(&mut [0]).is_err() || at_end(&host));
+    assert!(is_closed(&host));
 }
 
 #[test]
@@ -110,17 +117,13 @@ fn connections_beyond_the_limit_wait_until_one_ends() {
 }
 
 #[test]
-fn a_crowd_of_host_programs_all_get_in() {
+fn a_crowd_of_silent_host_programs_keeps_nobody_out() {
     let mut guest = Guest::new();
-    // More than one turn accepts.
-    let hosts: Vec<UnixStream> = (0..100)
-        .map(|_| {
-            let mut host = guest.dial();
-            writeln!(host, "CONNECT {PORT}").unwrap();
-            host
-        })
-        .collect();
-    assert_eq!(guest.packets().len(), hosts.len());
+    // More than one turn lets in.
+    let _silent: Vec<UnixStream> = (0..100).map(|_| guest.dial()).collect();
+    let mut host = guest.dial();
+    writeln!(host, "CONNECT {PORT}").unwrap();
+    assert_eq!(guest.packet().header.op, op::REQUEST);
 }
 
 #[test]
@@ -137,14 +140,7 @@ fn the_driver_reads_the_context_id() {
 fn a_reset_ends_all_connections_but_loses_nothing_that_was_sent() {
     let mut guest = Guest::new();
     let (reader, mut socket) = guest.connect(1000);
-    let data = pattern(socket.room());
-    let mut sent = Vec::new();
-    // Until the host's socket is full and the device keeps a part.
-    while socket.room() == data.len() {
-        socket.send(&mut guest, &data);
-        sent.extend_from_slice(&data);
-        guest.packets().iter().for_each(|packet| socket.hear(&packet.header));
-    }
+    let sent = guest.stuff(&mut socket);
     let (idle, _) = guest.connect(1000);
     let mut asking = guest.dial();
     writeln!(asking, "CONNECT {PORT}").unwrap();
@@ -153,15 +149,7 @@ fn a_reset_ends_all_connections_but_loses_nothing_that_was_sent() {
     guest.device.reset();
     assert!(at_end(&idle) && at_end(&asking));
     assert!(is_broken(&reader));
-    let reading = std::thread::spawn(move || {
-        let mut received = Vec::new();
-        (&reader).read_to_end(&mut received).unwrap();
-        received
-    });
-    while !reading.is_finished() {
-        guest.settle().unwrap();
-    }
-    assert!(reading.join().unwrap() == sent);
+    assert!(guest.drain(&reader) == sent);
     assert_eq!(guest.packets(), []);
 }
 
@@ -179,7 +167,7 @@ fn a_restored_guest_is_told_that_its_connections_are_gone() {
     let part = (TX_BUFFERS - 16, 4);
     restored.memory.write_obj(0xffff_ffff_u32, GuestAddress(part.0)).unwrap();
     restored.rings[EVENT].add(&restored.memory, 0, &[part], VRING_DESC_F_WRITE);
-    restored.work(|device, io| device.resumed(io)).unwrap();
+    restored.work(VirtioDevice::resumed).unwrap();
     assert_eq!(restored.rings[EVENT].take(&restored.memory), Some((0, 4)));
     assert_eq!(restored.memory.read_obj::<u32>(GuestAddress(part.0)).unwrap(), 0);
     assert!(restored.interrupted());
@@ -189,7 +177,7 @@ fn a_restored_guest_is_told_that_its_connections_are_gone() {
 #[test]
 fn the_event_waits_for_a_buffer_and_is_sent_once() {
     let mut guest = Guest::new();
-    guest.work(|device, io| device.resumed(io)).unwrap();
+    guest.work(VirtioDevice::resumed).unwrap();
     for number in 0..2 {
         if guest.rings[EVENT].add(&guest.memory, number, &[(TX_BUFFERS, 4)], VRING_DESC_F_WRITE) {
             guest.process(EVENT).unwrap();

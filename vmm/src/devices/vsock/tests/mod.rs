@@ -4,6 +4,7 @@ mod close;
 mod data;
 mod hostile;
 mod life;
+mod model;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -200,7 +201,7 @@ impl Guest {
             if let Some(queue) = kicked {
                 self.process(queue)?;
             } else if self.host_ready() {
-                self.work(|device, io| device.process_host(io))?;
+                self.work(VirtioDevice::process_host)?;
             } else {
                 return Ok(());
             }
@@ -208,23 +209,30 @@ impl Guest {
         panic!("the device is never idle");
     }
 
+    /// The next packet in the guest's buffers, with the number of its buffer.
+    fn take(&mut self) -> Option<(u16, Packet)> {
+        let (head, length) = self.rings[RX].take(&self.memory)?;
+        let mut bytes = vec![0; length as usize];
+        let at = RX_BUFFERS + u64::from(head) * RX_STRIDE;
+        self.memory.read_slice(&mut bytes, GuestAddress(at)).unwrap();
+        let header = Header::from_bytes(&bytes[..HEADER_SIZE].try_into().unwrap());
+        assert_eq!(header.len as usize, bytes.len() - HEADER_SIZE);
+        assert_eq!(header.dst_cid, CID);
+        Some((head, Packet { header, data: bytes.split_off(HEADER_SIZE) }))
+    }
+
     /// What the device has for the guest by now.
     fn packets(&mut self) -> Vec<Packet> {
         self.settle().unwrap();
         let mut packets = Vec::new();
-        while let Some((head, length)) = self.rings[RX].take(&self.memory) {
-            let mut bytes = vec![0; length as usize];
-            let at = RX_BUFFERS + u64::from(head) * RX_STRIDE;
-            self.memory.read_slice(&mut bytes, GuestAddress(at)).unwrap();
-            let header = Header::from_bytes(&bytes[..HEADER_SIZE].try_into().unwrap());
-            assert_eq!(header.len as usize, bytes.len() - HEADER_SIZE);
-            assert_eq!(header.dst_cid, CID);
-            packets.push(Packet { header, data: bytes.split_off(HEADER_SIZE) });
+        while let Some((head, packet)) = self.take() {
+            packets.push(packet);
             if self.refill {
                 self.give(head);
                 self.settle().unwrap();
             }
         }
+        assert_eq!(self.queues[RX].next_avail(), self.rings[RX].used, "the device keeps a buffer");
         packets
     }
 
@@ -267,7 +275,7 @@ impl Guest {
     fn dial(&self) -> UnixStream {
         let stream = UnixStream::connect(self.directory.path().join("vsock")).unwrap();
         // A test that would wait for ever fails instead.
-        stream.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
+        stream.set_read_timeout(Some(std::time::Duration::from_mins(1))).unwrap();
         stream
     }
 
@@ -285,6 +293,31 @@ impl Guest {
         assert_eq!(line, format!("OK {}\n", socket.local_port));
         assert_eq!(self.packets(), []);
         (host, socket)
+    }
+
+    /// Sends until the device keeps something because the host's socket is full. Returns what was sent.
+    fn stuff(&mut self, socket: &mut Socket) -> Vec<u8> {
+        let mut sent = Vec::new();
+        while socket.room() > 0 {
+            let data = pattern(socket.room());
+            socket.send(self, &data);
+            sent.extend(data);
+            self.packets().iter().for_each(|packet| socket.hear(&packet.header));
+        }
+        sent
+    }
+
+    /// Reads to the end of what the device has for the host program.
+    fn drain(&mut self, mut host: &UnixStream) -> Vec<u8> {
+        let mut received = Vec::new();
+        let mut part = vec![0; 1 << 20];
+        loop {
+            self.settle().unwrap();
+            match host.read(&mut part).unwrap() {
+                0 => return received,
+                count => received.extend_from_slice(&part[..count]),
+            }
+        }
     }
 
     /// True when the device has interrupted the guest since the last call.
