@@ -11,7 +11,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 #[command(after_help = "\
 Images are kept in /var/lib/bulkhead, running containers in /run/bulkhead; BULKHEAD_ROOT and BULKHEAD_RUN name other
 directories. The VMM, the guest's kernel and its image are found beside this program; BULKHEAD_LIBEXEC and BULKHEAD_SHARE
-name other directories. BULKHEAD_LOG=debug tells what happens.")]
+name other directories. BULKHEAD_CONFIG names another file than /etc/bulkhead/config.toml. BULKHEAD_LOG=debug tells what
+happens.")]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,

@@ -200,7 +200,7 @@ mod tests {
 
     #[test]
     fn the_configuration_says_where_the_pieces_are() {
-        let paths = Paths { libexec: Some("/a".into()), share: Some("/b".into()) };
+        let paths = Paths { libexec: Some("/a".into()), share: Some("/b".into()), ..Default::default() };
         let artifacts = Artifacts::locate(&paths).unwrap();
         assert_eq!(artifacts.vmm, Path::new("/a/bulkhead-vmm"));
         assert_eq!(artifacts.guest_image, Path::new("/b/guest.erofs"));

@@ -10,8 +10,10 @@ use toml::{Table, Value};
 
 use crate::size::Size;
 
-/// Where the configuration is looked for.
+/// Where the configuration is looked for, unless [`CONFIG_VARIABLE`] names another file.
 pub const CONFIG_FILE: &str = "/etc/bulkhead/config.toml";
+/// Environment variable that names the configuration's file.
+pub const CONFIG_VARIABLE: &str = "BULKHEAD_CONFIG";
 
 /// What can be configured.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -26,13 +28,21 @@ pub struct Config {
 }
 
 /// Where things are.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Paths {
     /// Directory of `bulkhead-vmm`; by default `../libexec/bulkhead` seen from the running executable's.
     pub libexec: Option<PathBuf>,
     /// Directory of `vmlinux` and `guest.erofs`; by default `../share/bulkhead` seen from the running executable's.
     pub share: Option<PathBuf>,
+    /// KVM's device.
+    pub kvm: PathBuf,
+}
+
+impl Default for Paths {
+    fn default() -> Self {
+        Self { libexec: None, share: None, kvm: "/dev/kvm".into() }
+    }
 }
 
 /// Whom VMMs run as: each gets a uid, and a gid of the same number, that no other VMM has at that time.
@@ -87,6 +97,15 @@ pub enum ConfigError {
 }
 
 impl Config {
+    /// Reads the configuration of this host.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn from_environment() -> Result<Self, ConfigError> {
+        let file = std::env::var_os(CONFIG_VARIABLE).map_or_else(|| CONFIG_FILE.into(), PathBuf::from);
+        Self::load(&file)
+    }
+
     /// Reads `file` and the `*.toml` in the directory `config.d` beside it. None of them needs to exist.
     ///
     /// # Errors

@@ -42,6 +42,8 @@ const BALLOON_SLOT: u8 = 4;
 pub struct SandboxConfig<'a> {
     /// VMM, kernel and guest image.
     pub artifacts: &'a Artifacts,
+    /// KVM's device.
+    pub kvm: &'a Path,
     /// Memory of the machine, in MiB.
     pub memory_mib: u32,
     /// CPUs that the guest may get. It starts with one; [`Sandbox::add_cpus`] brings the others.
@@ -58,8 +60,8 @@ pub struct SandboxConfig<'a> {
 #[derive(Debug, thiserror::Error)]
 pub enum SandboxError {
     /// KVM cannot be used.
-    #[error("cannot open /dev/kvm: `bulkhead check` says what is missing")]
-    Kvm(#[source] io::Error),
+    #[error("cannot open {0}; `bulkhead check` says what to do")]
+    Kvm(PathBuf, #[source] io::Error),
     /// The kernel or the guest image cannot be used.
     #[error(transparent)]
     Artifacts(#[from] ArtifactsError),
@@ -131,7 +133,8 @@ impl Sandbox {
     }
 
     async fn boot_once(config: &SandboxConfig<'_>, verbosity: Verbosity) -> Result<Self, SandboxError> {
-        let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm").map_err(SandboxError::Kvm)?;
+        let kvm = OpenOptions::new().read(true).write(true).open(config.kvm);
+        let kvm = kvm.map_err(|e| SandboxError::Kvm(config.kvm.to_owned(), e))?;
         let kernel = config.artifacts.open_kernel()?;
         let guest_image = Disk {
             files: vec![config.artifacts.open_guest_image()?],

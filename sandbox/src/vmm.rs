@@ -2,15 +2,17 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use bulkhead_vmm::control::socket::{ControlSocket, SocketError};
+use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, geteuid, pidfd_open};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 use tokio::io::Interest;
 use tokio::time::timeout;
 
@@ -52,25 +54,35 @@ pub struct VmmProcess {
 }
 
 impl VmmProcess {
-    /// Starts the VMM. It has no environment, its own process group (a terminal's ^C is not for it) and three descriptors: the
-    /// control socket as standard input, the uid's lock as standard output, a pipe that never blocks as standard error.
+    /// Starts the VMM. It has no environment, its own process group (a terminal's ^C is not for it) and four descriptors: the
+    /// control socket, `/dev/null` as standard input, the uid's lock as standard output, a pipe that never blocks as standard
+    /// error. In a jail it is also the first process of a pid namespace.
     ///
     /// # Errors
     /// [`VmmError`] when the executable cannot be run or the system is out of descriptors or processes.
     pub fn spawn(executable: &Path, jail: &Jail<'_>) -> Result<(Self, ControlSocket), VmmError> {
         let (ours, theirs) = ControlSocket::pair()?;
+        let theirs = OwnedFd::from(theirs);
         let setup = |e: rustix::io::Errno| VmmError::Setup(e.into());
         let (stderr, their_stderr) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(setup)?;
         let mut command = Command::new(executable);
-        command.args(["--control-fd", "0", "--root"]).arg(jail.root).env_clear().process_group(0);
-        command.stdin(OwnedFd::from(theirs)).stdout(Stdio::null()).stderr(their_stderr);
-        if let Some(lease) = jail.uid.filter(|_| geteuid().is_root()) {
-            let uid = lease.uid().to_string();
-            command
-                .args(["--uid", &uid, "--gid", &uid])
-                .stdout(lease.file().try_clone().map_err(VmmError::Setup)?);
+        command.arg("--control-fd").arg(theirs.as_raw_fd().to_string()).env_clear().process_group(0);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(their_stderr);
+        let control = theirs.as_raw_fd();
+        // SAFETY: the closure runs in the forked child and makes one system call, on a descriptor that the child has a
+        // copy of: the parent closes its own only after `spawn` has returned.
+        unsafe {
+            command.pre_exec(move || Ok(fcntl_setfd(BorrowedFd::borrow_raw(control), FdFlags::empty())?));
         }
-        let child = command.spawn().map_err(|e| VmmError::Spawn(executable.to_owned(), e))?;
+        let lease = jail.uid.filter(|_| geteuid().is_root());
+        if let Some(lease) = lease {
+            let uid = lease.uid().to_string();
+            command.args(["--uid", &uid, "--gid", &uid, "--root"]).arg(jail.root);
+            command.stdout(lease.file().try_clone().map_err(VmmError::Setup)?);
+        }
+        let mut spawn = || command.spawn().map_err(|e| VmmError::Spawn(executable.to_owned(), e));
+        let child = if lease.is_some() { in_new_pid_namespace(spawn)? } else { spawn()? };
+        drop(theirs);
         Ok((Self { child, stderr: stderr.into() }, ours))
     }
 
@@ -103,21 +115,48 @@ impl Drop for VmmProcess {
     }
 }
 
+/// Runs `spawn`, whose child is born into a pid namespace of its own, so that it can neither see nor signal anyone.
+fn in_new_pid_namespace(spawn: impl FnOnce() -> Result<Child, VmmError>) -> Result<Child, VmmError> {
+    let setup = |e: rustix::io::Errno| VmmError::Setup(e.into());
+    let own = File::open("/proc/thread-self/ns/pid").map_err(VmmError::Setup)?;
+    // SAFETY: unshares nothing but the namespace of future children of this thread, and no descriptors.
+    unsafe { unshare_unsafe(UnshareFlags::NEWPID) }.map_err(setup)?;
+    let spawned = spawn();
+    // Later children of this thread have nothing to do with the VMM.
+    let back = move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::ProcessID)).map_err(setup);
+    let mut child = spawned?;
+    if let Err(error) = back {
+        let _ = child.kill();
+        return Err(error);
+    }
+    Ok(child)
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
     use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::ExitStatusExt;
 
     use bulkhead_vmm::control::message::FromVmm;
+    use rustix::event::{PollFd, PollFlags};
 
     use super::*;
+    use crate::config::Uids;
 
     fn spawn(script: &str) -> (tempfile::TempDir, Result<(VmmProcess, ControlSocket), VmmError>) {
+        spawn_as(script, None)
+    }
+
+    fn spawn_as(
+        script: &str,
+        uid: Option<&UidLease>,
+    ) -> (tempfile::TempDir, Result<(VmmProcess, ControlSocket), VmmError>) {
         let dir = tempfile::tempdir().unwrap();
         let executable = dir.path().join("vmm");
         fs::write(&executable, format!("#!/bin/sh\n{script}\n")).unwrap();
         fs::set_permissions(&executable, fs::Permissions::from_mode(0o755)).unwrap();
-        let spawned = VmmProcess::spawn(&executable, &Jail { uid: None, root: dir.path() });
+        let spawned = VmmProcess::spawn(&executable, &Jail { uid, root: dir.path() });
         (dir, spawned)
     }
 
@@ -136,6 +175,29 @@ mod tests {
         let (mut process, _socket) = spawned.unwrap();
         let (status, message) = process.post_mortem(Duration::from_secs(60)).await;
         assert_eq!(status.unwrap().code(), Some(7), "{message}");
+    }
+
+    #[tokio::test]
+    async fn a_jailed_one_is_alone_in_its_pid_namespace_and_keeps_its_uid() {
+        if !geteuid().is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (uids, lock) = (Uids { first: 70_000, count: 1 }, dir.path().join("uids"));
+        let lease = UidLease::take(uids, &lock).unwrap();
+        let script = "[ $$ = 1 ] && [ -e /proc/self/fd/$2 ] || exit 9\n\
+                      case \"$*\" in *'--uid 70000 --gid 70000 --root /'*) echo ready >&2; exec sleep 600;; esac";
+        let (_dir, spawned) = spawn_as(script, Some(&lease));
+        let (mut process, _socket) = spawned.unwrap();
+        rustix::event::poll(&mut [PollFd::new(&process.stderr, PollFlags::IN)], None).unwrap();
+        drop(lease);
+        assert!(UidLease::take(uids, &lock).is_err(), "the uid is free although its VMM runs");
+        process.child.kill().unwrap();
+        let (status, message) = process.post_mortem(Duration::from_secs(60)).await;
+        assert_eq!((status.unwrap().signal(), message.as_str()), (Some(9), "ready"));
+        assert!(UidLease::take(uids, &lock).is_ok());
+        // Children of this thread are in its own namespace again.
+        assert!(Command::new("/bin/true").status().unwrap().success());
     }
 
     #[test]

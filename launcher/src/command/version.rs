@@ -1,10 +1,8 @@
 //! `version`: what is installed.
 
-use std::path::Path;
-
 use bulkhead_protocol::limits::PROTOCOL_VERSION;
 use bulkhead_sandbox::artifacts::Artifacts;
-use bulkhead_sandbox::config::{CONFIG_FILE, Config};
+use bulkhead_sandbox::config::Config;
 
 use super::table::table;
 use crate::failure::Failure;
@@ -12,7 +10,7 @@ use crate::message;
 
 /// Shows versions and places.
 pub(crate) fn version() -> Result<u8, Failure> {
-    let config = Config::load(Path::new(CONFIG_FILE))?;
+    let config = Config::from_environment()?;
     let artifacts = Artifacts::locate(&config.paths)?;
     let kernel = artifacts.kernel_version().unwrap_or_else(|| "not installed".into());
     let row = |name: &str, value: String| vec![name.to_owned(), value];

@@ -1,11 +1,11 @@
 //! What the command line of `run` asks for, checked against the configuration and the host before anything is made.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread::available_parallelism;
 
 use bulkhead_protocol::limits::HOSTNAME_MAX;
 use bulkhead_sandbox::artifacts::Artifacts;
-use bulkhead_sandbox::config::{CONFIG_FILE, Config, Defaults, Uids};
+use bulkhead_sandbox::config::{Config, Defaults, Uids};
 use bulkhead_sandbox::size::Size;
 use bulkhead_sandbox::storage::SCRATCH_MIN;
 use bulkhead_vmm::arch::layout::VCPUS_MAX;
@@ -29,6 +29,8 @@ pub(crate) struct Request {
     pub(crate) paths: Paths,
     /// What the machine is started from.
     pub(crate) artifacts: Artifacts,
+    /// KVM's device.
+    pub(crate) kvm: PathBuf,
     /// Whom its VMM may run as.
     pub(crate) uids: Uids,
     /// The machine.
@@ -63,7 +65,7 @@ pub(crate) struct Machine {
 impl Request {
     /// Checks a command line.
     pub(crate) fn new(args: &RunArgs) -> Result<Self, Failure> {
-        let config = Config::load(Path::new(CONFIG_FILE))?;
+        let config = Config::from_environment()?;
         let paths = Paths::from_environment();
         let machine = Machine::new(args.cpus, args.memory, config.defaults, &Host::examine())?;
         if let Some(size) = args.storage.filter(|size| *size < SCRATCH_MIN) {
@@ -83,6 +85,7 @@ impl Request {
         }
         Ok(Self {
             artifacts: Artifacts::locate(&config.paths)?,
+            kvm: config.paths.kvm,
             uids: config.uids,
             paths,
             machine,

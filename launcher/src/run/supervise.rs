@@ -136,6 +136,7 @@ async fn boot(request: &Request, claim: &Claim) -> Result<(Sandbox, Storage), Fa
     private_directory(&empty)?;
     let config = SandboxConfig {
         artifacts: &request.artifacts,
+        kvm: &request.kvm,
         memory_mib: request.machine.memory_mib,
         cpus: request.machine.cpus,
         jail: Jail { uid: lease.as_ref(), root: &empty },
