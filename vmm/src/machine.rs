@@ -287,6 +287,10 @@ impl Machine {
         for id in present..count {
             let fd = kvm("KVM_CREATE_VCPU", self.vm.create_vcpu(u64::from(id)))?;
             self.introduce(id, &fd)?;
+            // KVM looks for the receivers of an interrupt in a table that it makes before a new vCPU is listed, and makes again when a
+            // local APIC's state is set. Without that the guest's INIT and SIPI reach nobody.
+            let lapic = kvm("KVM_GET_LAPIC", fd.get_lapic())?;
+            kvm("KVM_SET_LAPIC", fd.set_lapic(&lapic))?;
             let vcpu = Vcpu::start(id, fd, Arc::clone(&self.board))?;
             vcpu.run();
             self.vcpus.push(vcpu);

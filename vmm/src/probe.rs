@@ -36,9 +36,12 @@ const TURN_INSTRUCTIONS: u32 = 2;
 const CODE: [u8; 12] = [0x66, 0xb9, 0, 0, 0, 0, 0x66, 0x49, 0x75, 0xfc, 0xf4, 0xf4];
 const CODE_START: u64 = 0x1000;
 
-/// Below this many instructions a second of ring 0, no ordinary kernel boots in a useful time: the KVM is emulated in software. Real ones
-/// make a hundred times as many.
-pub const RING0_USABLE_PER_SECOND: u64 = 20_000_000;
+/// The best of so many runs counts: the first pays for mapping the guest's memory, and any may be interrupted.
+const RUNS: usize = 4;
+
+/// Below this many instructions a second of ring 0, the KVM is emulated in software, and no ordinary kernel boots in a useful time. Real
+/// ones make a thousand times as many; the lab's, which is emulated as a whole, some fifty times.
+pub const RING0_USABLE_PER_SECOND: u64 = 5_000_000;
 
 /// Why a guest could not be tried.
 #[derive(Debug, thiserror::Error)]
@@ -98,13 +101,15 @@ pub fn ring0_instructions_per_second(kvm_fd: &Kvm) -> Result<u64, ProbeError> {
     sregs.cs.selector = 0;
     kvm("KVM_SET_SREGS", vcpu.set_sregs(&sregs))?;
     let registers = kvm_regs { rip: CODE_START, rflags: 2, ..Default::default() };
-    kvm("KVM_SET_REGS", vcpu.set_regs(&registers))?;
-    let start = Instant::now();
-    match kvm("KVM_RUN", vcpu.run())? {
-        VcpuExit::Hlt => {}
-        other => return Err(ProbeError::Exit(format!("{other:?}"))),
+    let mut taken = Duration::MAX;
+    for _ in 0..RUNS {
+        kvm("KVM_SET_REGS", vcpu.set_regs(&registers))?;
+        let start = Instant::now();
+        match kvm("KVM_RUN", vcpu.run())? {
+            VcpuExit::Hlt => taken = taken.min(start.elapsed()),
+            other => return Err(ProbeError::Exit(format!("{other:?}"))),
+        }
     }
-    let taken = start.elapsed().max(Duration::from_nanos(1));
     let instructions = u128::from(TURNS) * u128::from(TURN_INSTRUCTIONS);
-    Ok(u64::try_from(instructions * 1_000_000_000 / taken.as_nanos()).unwrap_or(u64::MAX))
+    Ok(u64::try_from(instructions * 1_000_000_000 / taken.as_nanos().max(1)).unwrap_or(u64::MAX))
 }

@@ -16,6 +16,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         trial("boot: 64 MiB are enough", || boots(&Plan { memory_mib: 64, ..Plan::default() }).map(drop)),
         trial("boot: memory beyond the device registers is used", high_memory),
         trial("boot: CPUs of the start and CPUs brought online later", cpus),
+        trial("boot: a second CPU is brought online", second_cpu),
         trial("boot: an unprivileged owner's VMM boots without a jail", || {
             boots(&Plan { jailed: false, ..Plan::default() }).map(drop)
         }),
@@ -46,6 +47,13 @@ fn cpus() -> Result {
     let later = vm.agent(async |agent| Ok(agent.details().cpus_online))?;
     ensure(later == 4, || format!("{later} CPUs online later"))?;
     ensure(vm.request(Request::AddVcpus { count: 5 }, &[]).is_err(), || "a fifth CPU of four".to_owned())
+}
+
+fn second_cpu() -> Result {
+    let mut vm = boots(&Plan { vcpus_max: 2, ..Plan::default() })?;
+    vm.request(Request::AddVcpus { count: 2 }, &[])?;
+    let online = vm.agent(async |agent| Ok(agent.online_cpus(2).await?));
+    ensure(online.is_ok(), || format!("{online:?}; console:\n{}", vm.console().unwrap_or_default()))
 }
 
 fn panic() -> Result {
