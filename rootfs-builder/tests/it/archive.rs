@@ -102,7 +102,9 @@ impl Tar {
 /// A PAX record with its own length in front.
 fn record(key: &str, value: &[u8]) -> Vec<u8> {
     let rest = key.len() + value.len() + 3;
-    let length =
-        (1..).map(|digits| rest + digits).find(|length| rest + length.to_string().len() == *length).unwrap();
+    let length = (1..20)
+        .map(|digits| rest + digits)
+        .find(|length| rest + length.to_string().len() == *length)
+        .unwrap();
     [format!("{length} {key}=").as_bytes(), value, b"\n"].concat()
 }

@@ -11,12 +11,12 @@ use crate::layers::try_convert;
 use crate::writer::Workbench;
 
 /// The name and reason of a refused entry.
-fn refused(archive: Vec<u8>) -> (String, EntryError) {
-    refused_with(archive, &Limits::default())
+fn refused(archive: impl AsRef<[u8]>) -> (String, EntryError) {
+    refused_with(archive.as_ref(), &Limits::default())
 }
 
-fn refused_with(archive: Vec<u8>, limits: &Limits) -> (String, EntryError) {
-    match try_convert(&archive, limits).1 {
+fn refused_with(archive: &[u8], limits: &Limits) -> (String, EntryError) {
+    match try_convert(archive, limits).1 {
         Err(Error::Entry { name, source }) => (name, source),
         other => panic!("{other:?}"),
     }
@@ -113,12 +113,7 @@ fn sparse_maps_that_do_not_fit() {
     assert!(matches!(sparse(b"0,5", b"1234"), EntryError::SparseSize { mapped: 5, stored: 4 }));
     assert!(matches!(sparse(b"0,18446744073709551615,1,1", b"1234"), EntryError::SparseSize { .. }));
     for map in [&b"10,2,5,2"[..], b"98,4", b"18446744073709551615,4"] {
-        let length = if map.len() > 6 && map[0] != b'1' || map == b"98,4" { 4 } else { 4 };
-        assert!(
-            matches!(sparse(map, &[1; 4][..length]), EntryError::Image(_)),
-            "{}",
-            String::from_utf8_lossy(map)
-        );
+        assert!(matches!(sparse(map, &[1; 4]), EntryError::Image(_)), "{}", String::from_utf8_lossy(map));
     }
 }
 
@@ -135,7 +130,7 @@ fn what_is_no_archive_says_so() {
         match &message {
             Error::Truncated { offset, .. } => assert_eq!(*offset, cut as u64),
             Error::Entry { name, source } => {
-                assert!(name == "big" && source.to_string().contains("ends"), "{source}")
+                assert!(name == "big" && source.to_string().contains("ends"), "{source}");
             }
             other => panic!("{other:?}"),
         }
@@ -152,13 +147,13 @@ fn limits_hold() {
     let limits = Limits { entries: 20, metadata_bytes: 3000, archive_bytes: 1 << 20, ..Limits::default() };
     let many = (0..30).fold(Tar::default(), |tar, i| tar.file(format!("f{i}"), b"")).end();
     assert!(
-        matches!(refused_with(many, &limits), (name, EntryError::TooMany { limit: 20 }) if name == "f20")
+        matches!(refused_with(&many, &limits), (name, EntryError::TooMany { limit: 20 }) if name == "f20")
     );
     let deep = "d/".repeat(40);
-    assert!(matches!(refused_with(tar().directory(&deep).end(), &limits).1, EntryError::TooMany { .. }));
+    assert!(matches!(refused_with(&tar().directory(&deep).end(), &limits).1, EntryError::TooMany { .. }));
     let heavy = tar().pax(&[("SCHILY.xattr.user.x", &[b'v'; 4000])]).file("heavy", b"").end();
     assert!(
-        matches!(refused_with(heavy, &limits), (name, EntryError::TooMuchMetadata { limit: 3000 }) if name == "heavy")
+        matches!(refused_with(&heavy, &limits), (name, EntryError::TooMuchMetadata { limit: 3000 }) if name == "heavy")
     );
     let long = "p/".repeat(2100);
     let long = tar().pax(&[("path", long.as_bytes())]).file("x", b"").end();
@@ -185,31 +180,31 @@ impl Read for Endless {
     }
 }
 
-fn read_endless(start: Vec<u8>, block: Vec<u8>) -> (Error, u64) {
+fn read_endless(start: &[u8], block: Vec<u8>) -> (Error, u64) {
     let limits = Limits { archive_bytes: 20 << 20, ..Limits::default() };
     let bench = Workbench::new();
     let mut builder = bench.builder(Options { uuid: [0; 16], max_size: limits.archive_bytes });
     let mut endless = Endless { block, read: 0 };
-    let error = append_layer((&start[..]).chain(&mut endless), &mut builder, &limits).unwrap_err();
+    let error = append_layer(start.chain(&mut endless), &mut builder, &limits).unwrap_err();
     (error, endless.read)
 }
 
 #[test]
 fn bombs_end_at_a_limit() {
     let huge = Tar::default().raw(&Header { size: 1 << 50, ..Header::new(b'0', "bomb") }, b"");
-    let (error, read) = read_endless(huge.0, vec![0; 65_536]);
+    let (error, read) = read_endless(&huge.0, vec![0; 65_536]);
     assert!(matches!(&error, Error::Entry { name, .. } if name == "bomb"), "{error:?}");
     assert!(read < 21 << 20);
 
     // A skipped entry as large as the format allows.
     let skipped = Tar::default().raw(&Header { size: 1 << 60, ..Header::new(b'0', ".wh.x") }, b"");
-    let (error, read) = read_endless(skipped.0, vec![0; 65_536]);
+    let (error, read) = read_endless(&skipped.0, vec![0; 65_536]);
     assert!(matches!(&error, Error::TooLong { previous, .. } if previous == ".wh.x"), "{error:?}");
     assert!(read < 21 << 20);
 
     // Global headers say nothing and need not end.
     let global = Tar::default().raw(&Header { size: 10, ..Header::new(b'g', "g") }, b"10 a=bcde\n");
-    let (error, read) = read_endless(Vec::new(), global.0);
+    let (error, read) = read_endless(&[], global.0);
     assert!(matches!(error, Error::TooLong { .. }), "{error:?}");
     assert!(read < 21 << 20);
 
@@ -219,7 +214,7 @@ fn bombs_end_at_a_limit() {
     crate::archive::set_checksum(&mut sparse);
     let mut continued = vec![0; 512];
     continued[504] = 1;
-    let (error, read) = read_endless(sparse.to_vec(), continued);
+    let (error, read) = read_endless(&sparse, continued);
     assert!(matches!(error, Error::HeaderTooLong { .. }), "{error:?}");
     assert!(read < 21 << 20);
 
@@ -231,12 +226,12 @@ fn bombs_end_at_a_limit() {
         ("GNU.sparse.realsize", b"9"),
     ];
     let sparse = Tar::default().pax(&records).raw(&Header { size: 1 << 40, ..Header::new(b'0', "s") }, b"");
-    let (error, read) = read_endless(sparse.0, vec![b'1'; 65_536]);
+    let (error, read) = read_endless(&sparse.0, vec![b'1'; 65_536]);
     assert!(matches!(error, Error::HeaderTooLong { .. }), "{error:?}");
     assert!(read < 21 << 20);
 
     // What follows the end of the archive belongs to its digest, but not without end.
-    let (error, read) = read_endless(vec![0; 1024], vec![0; 65_536]);
+    let (error, read) = read_endless(&[0; 1024], vec![0; 65_536]);
     assert!(matches!(error, Error::TooLong { .. }), "{error:?}");
     assert!(read < 21 << 20);
 }

@@ -1,6 +1,9 @@
 //! Tests of the crate as its users see it, against readers that are not ours: the crate `erofs-rs`, `fsck.erofs`, and, for
 //! root, the kernel.
 
+// Lint-wise only functions marked as tests are tests, but their helpers are as much.
+#![allow(clippy::unwrap_used)]
+
 mod archive;
 mod directory;
 mod formats;

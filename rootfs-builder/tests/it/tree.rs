@@ -71,7 +71,7 @@ pub(crate) fn read_image(path: &Path) -> Tree {
             FileType::RegularFile => 0o100_000,
             FileType::Symlink => 0o120_000,
             FileType::Socket => 0o140_000,
-            other => panic!("type {other:?}"),
+            FileType::Unknown => panic!("{path:?} has no type"),
         };
         let mut content = Vec::new();
         if inode.is_file() {

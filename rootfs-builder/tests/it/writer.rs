@@ -121,7 +121,21 @@ fn steps() -> impl Strategy<Value = Step> {
 
 /// Bytes in which a block out of place shows.
 fn pattern(length: usize, seed: usize) -> Vec<u8> {
-    (0..length).map(|at| (at / 4096 + at % 251 + seed) as u8).collect()
+    (0..length).map(|at| (at / 4096 + at % 251 + seed).to_le_bytes()[0]).collect()
+}
+
+/// An entry of root's, of 1970, with nothing in it.
+fn facts(mode: u32, first: Vec<u8>) -> Facts {
+    Facts {
+        mode,
+        owner: (0, 0),
+        mtime: (0, 0),
+        links: 1,
+        device: None,
+        content: Content::default(),
+        xattrs: BTreeMap::new(),
+        first,
+    }
 }
 
 /// Builds an image from steps and, beside it, the tree that it should be.
@@ -129,16 +143,8 @@ fn build(bench: &Workbench, steps: &[Step]) -> Tree {
     let mut builder = bench.builder(OPTIONS);
     let mut directories: Vec<(Vec<u8>, NodeId)> = vec![(Vec::new(), builder.root())];
     let mut files: Vec<(Vec<u8>, NodeId)> = Vec::new();
-    let root = Facts {
-        mode: 0o040_755,
-        owner: (0, 0),
-        mtime: (0, 0),
-        links: 2,
-        device: None,
-        content: Content::default(),
-        xattrs: BTreeMap::new(),
-        first: Vec::new(),
-    };
+    let root = facts(0o040_755, Vec::new());
+    let root = Facts { links: 2, ..root };
     let mut tree = Tree::from([(Vec::new(), root)]);
     for (seed, step) in steps.iter().enumerate() {
         let (parent_path, parent) = directories[step.parent % directories.len()].clone();
@@ -158,18 +164,14 @@ fn build(bench: &Workbench, steps: &[Step]) -> Tree {
         let (mode, uid, gid, seconds, nanoseconds) = step.meta;
         let meta = Metadata { mode, uid, gid, seconds, nanoseconds, xattrs };
         let mut facts = Facts {
-            mode: u32::from(mode),
             owner: (uid, gid),
             mtime: (seconds, nanoseconds),
-            links: 1,
-            device: None,
-            content: Content::default(),
             xattrs: step
                 .xattrs
                 .iter()
                 .map(|(name, value)| (name.clone().into_bytes(), value.clone()))
                 .collect(),
-            first: path.clone(),
+            ..facts(u32::from(mode), path.clone())
         };
         match &step.what {
             What::File(size) => {
@@ -226,9 +228,15 @@ fn build(bench: &Workbench, steps: &[Step]) -> Tree {
         }
         tree.insert(path, facts);
     }
-    // What hard links have in common: their count, and the first of their names.
+    join_hard_links(&mut tree);
+    builder.finish().unwrap();
+    tree
+}
+
+/// What hard links have in common: their count, and the first of their names.
+fn join_hard_links(tree: &mut Tree) {
     let mut names: BTreeMap<Vec<u8>, Vec<Vec<u8>>> = BTreeMap::new();
-    for (path, facts) in &tree {
+    for (path, facts) in &*tree {
         names.entry(facts.first.clone()).or_default().push(path.clone());
     }
     for paths in names.into_values().filter(|paths| paths.len() > 1) {
@@ -237,8 +245,6 @@ fn build(bench: &Workbench, steps: &[Step]) -> Tree {
             (facts.links, facts.first) = (paths.len() as u64, paths[0].clone());
         }
     }
-    builder.finish().unwrap();
-    tree
 }
 
 proptest! {
