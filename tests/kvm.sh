@@ -1,0 +1,41 @@
+# Where the things run that need KVM: here, or in the lab. Sourced by demo, run, soak and bench.
+# shellcheck shell=bash disable=SC2034
+
+cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." || exit 1
+target=${CARGO_TARGET_DIR:-$PWD/target}
+stage=$target/stage
+
+# kvm_problem: prints what keeps this machine from running guests itself, or nothing.
+kvm_problem() {
+  if ((EUID != 0)); then
+    echo "not root"
+  else
+    BULKHEAD_LIBEXEC=$stage/usr/local/libexec/bulkhead BULKHEAD_SHARE=$stage/usr/local/share/bulkhead \
+      "$stage/usr/local/bin/bulkhead" check | sed -nE 's/^FAILURE +//p' | head -n 1
+  fi
+}
+
+# choose_machine: sets $where to `here` or `lab`, and says why.
+choose_machine() {
+  local problem
+  problem=$(kvm_problem)
+  if [[ -z $problem ]]; then
+    where=here
+    echo "Running on this machine's own KVM."
+  else
+    where=lab
+    echo "Running in the lab, an emulated machine that has KVM, because this one will not do: $problem"
+  fi
+}
+
+# with_kvm [--bench] COMMAND...: runs a command, given by its path in the stage, where KVM is.
+with_kvm() {
+  if [[ $where == here ]]; then
+    [[ $1 != --bench ]] || shift
+    local command=$1
+    shift
+    BULKHEAD_PREFIX=$stage/usr/local PATH=$stage/usr/local/bin:$PATH "$stage$command" "$@"
+  else
+    BULKHEAD_ARTIFACTS=$stage tests/lab/lab run "$@"
+  fi
+}
