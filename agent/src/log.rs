@@ -1,7 +1,8 @@
 //! The agent's log: `tracing` events written to `/dev/kmsg`, one record each, where the guest's console shows them.
 //!
-//! Quiet by default: only warnings and errors, unless the kernel command line has `bulkhead.log=LEVEL`. A worker also
-//! copies errors into a pipe, from where they become part of its answer: libcontainer's errors say less than its log.
+//! Quiet by default: only the agent's own warnings and errors, unless the kernel command line has `bulkhead.log=LEVEL`.
+//! A worker also copies errors into a pipe, from where they become part of its answer: libcontainer's errors say less
+//! than its log.
 
 use std::fmt::Write as _;
 use std::fs::File;
@@ -47,16 +48,24 @@ struct KernelLog {
     level: LevelFilter,
 }
 
+impl KernelLog {
+    /// What libraries say is for whoever asks for more than the default: their errors are answered to the host.
+    fn shows(&self, metadata: &Metadata<'_>) -> bool {
+        let own = metadata.target().starts_with(env!("CARGO_CRATE_NAME"));
+        metadata.level() <= &self.level && (own || self.level >= LevelFilter::INFO)
+    }
+}
+
 impl Subscriber for KernelLog {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.level() <= &self.level || (*metadata.level() == Level::ERROR && ERRORS.get().is_some())
+        self.shows(metadata) || (*metadata.level() == Level::ERROR && ERRORS.get().is_some())
     }
 
     fn event(&self, event: &Event<'_>) {
         let mut text = Text::default();
         event.record(&mut text);
         let level = *event.metadata().level();
-        if level <= self.level {
+        if self.shows(event.metadata()) {
             let mut record = format!("<{}>bulkhead-agent: {}", priority(level), text.0);
             truncate(&mut record, RECORD_MAX);
             // Nobody could be told.

@@ -78,6 +78,11 @@ impl Launch<'_> {
         let rlimits = spec::take_rlimits(&mut self.spec);
         let memlock = memlock()?;
         self.set_oom_score()?;
+        // libcontainer leaves a process that is to have no groups those of its parent.
+        // SAFETY: an empty list is read from nowhere.
+        if unsafe { libc::setgroups(0, std::ptr::null()) } != 0 {
+            return Err(Error::Prepare("leave all groups", io::Error::last_os_error()));
+        }
         let described = match membership {
             Membership::First => &self.spec,
             Membership::Joining { container } => container,
