@@ -48,6 +48,7 @@ pub(crate) enum Command {
 }
 
 /// Arguments of `run`.
+#[allow(clippy::struct_excessive_bools, reason = "each is an option of its own on the command line")]
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
 The container has a loopback interface and no other network for now. It exits with the code of its command, with 128+n when

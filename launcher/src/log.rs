@@ -145,7 +145,7 @@ mod tests {
     #[test]
     fn a_long_line_is_kept_in_pieces_that_join_again() {
         let dir = tempfile::tempdir().unwrap();
-        let line = [&[b'x'; 2 * PIECE_MAX + 5][..], b"\n"].concat();
+        let line = [vec![b'x'; 2 * PIECE_MAX + 5], b"\n".to_vec()].concat();
         LogWriter::create(dir.path()).unwrap().write(Stream::Stdout, &line).unwrap();
         let pieces = replay(&fs::read(dir.path().join(CURRENT)).unwrap());
         assert_eq!(pieces.len(), 3);

@@ -1,5 +1,7 @@
 //! Containers in the background and the commands that deal with them.
 
+#![allow(clippy::unwrap_used)]
+
 mod support;
 
 use std::process::Stdio;

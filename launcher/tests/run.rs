@@ -1,5 +1,7 @@
 //! `run` in the foreground: exit codes, streams, and what is left behind, which is nothing.
 
+#![allow(clippy::unwrap_used)]
+
 mod support;
 
 use std::io::{Read, Write};

@@ -1,6 +1,7 @@
 //! Calls to the agent in the guest. The guest is hostile: its answers are bounded in size by ttrpc, in time by the caller, and
 //! its words are escaped before anyone sees them.
 
+use std::future::Future;
 use std::io;
 use std::path::Path;
 use std::time::Duration;
@@ -13,7 +14,7 @@ use bulkhead_protocol::limits::{
 use tokio::time::timeout;
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
-use ttrpc::context::{Context, with_duration};
+use ttrpc::context::Context;
 
 use crate::console::escape;
 use crate::vsock;
@@ -76,8 +77,8 @@ impl Agent {
         let stream =
             connecting.await.map_err(|_| AgentError::Timeout(patience))?.map_err(AgentError::Connect)?;
         let client = AgentClient::new(Client::new(Socket::from(stream)));
-        let details = client.get_guest_details(call(), &messages::GetGuestDetailsRequest::new()).await;
-        let details = details.map_err(error)?;
+        let request = messages::GetGuestDetailsRequest::new();
+        let details = within(CALL_TIMEOUT_S, client.get_guest_details(Context::default(), &request)).await?;
         if details.protocol_version != PROTOCOL_VERSION {
             return Err(AgentError::Version(details.protocol_version));
         }
@@ -95,7 +96,7 @@ impl Agent {
     /// [`AgentError`], as for every call.
     pub async fn online_cpus(&self, count: u32) -> Result<(), AgentError> {
         let request = messages::OnlineCpusRequest { count, ..Default::default() };
-        self.client.online_cpus(call(), &request).await.map(drop).map_err(error)
+        within(CALL_TIMEOUT_S, self.client.online_cpus(Context::default(), &request)).await.map(drop)
     }
 
     /// Has the guest's driver take a slot that the VMM has filled.
@@ -104,7 +105,7 @@ impl Agent {
     /// [`AgentError`], as for every call.
     pub async fn bind_slot(&self, slot: u8) -> Result<(), AgentError> {
         let request = messages::BindSlotRequest { slot: slot.into(), ..Default::default() };
-        self.client.bind_slot(call(), &request).await.map(drop).map_err(error)
+        within(CALL_TIMEOUT_S, self.client.bind_slot(Context::default(), &request)).await.map(drop)
     }
 
     /// Has the guest's driver let go of a slot that the VMM is about to empty.
@@ -113,7 +114,7 @@ impl Agent {
     /// [`AgentError`], as for every call.
     pub async fn unbind_slot(&self, slot: u8) -> Result<(), AgentError> {
         let request = messages::UnbindSlotRequest { slot: slot.into(), ..Default::default() };
-        self.client.unbind_slot(call(), &request).await.map(drop).map_err(error)
+        within(CALL_TIMEOUT_S, self.client.unbind_slot(Context::default(), &request)).await.map(drop)
     }
 
     /// Makes a container up to the point before its command runs.
@@ -124,7 +125,7 @@ impl Agent {
         &self,
         request: &messages::CreateContainerRequest,
     ) -> Result<(), AgentError> {
-        self.client.create_container(create(), request).await.map(drop).map_err(error)
+        within(CREATE_TIMEOUT_S, self.client.create_container(Context::default(), request)).await.map(drop)
     }
 
     /// Runs a container's command.
@@ -134,7 +135,7 @@ impl Agent {
     pub async fn start_container(&self, container_id: &str) -> Result<(), AgentError> {
         let request =
             messages::StartContainerRequest { container_id: container_id.into(), ..Default::default() };
-        self.client.start_container(create(), &request).await.map(drop).map_err(error)
+        within(CREATE_TIMEOUT_S, self.client.start_container(Context::default(), &request)).await.map(drop)
     }
 
     /// Starts another process in a container.
@@ -142,7 +143,7 @@ impl Agent {
     /// # Errors
     /// As [`start_container`](Self::start_container).
     pub async fn exec_process(&self, request: &messages::ExecProcessRequest) -> Result<(), AgentError> {
-        self.client.exec_process(create(), request).await.map(drop).map_err(error)
+        within(CREATE_TIMEOUT_S, self.client.exec_process(Context::default(), request)).await.map(drop)
     }
 
     /// Sends a signal to one process of a container, or to all when `exec_id` is `None`.
@@ -156,7 +157,7 @@ impl Agent {
             signal,
             ..Default::default()
         };
-        self.client.signal_process(call(), &request).await.map(drop).map_err(error)
+        within(CALL_TIMEOUT_S, self.client.signal_process(Context::default(), &request)).await.map(drop)
     }
 
     /// Waits for the end of a process, as long as it takes.
@@ -184,7 +185,7 @@ impl Agent {
             columns: columns.into(),
             ..Default::default()
         };
-        self.client.resize_terminal(call(), &request).await.map(drop).map_err(error)
+        within(CALL_TIMEOUT_S, self.client.resize_terminal(Context::default(), &request)).await.map(drop)
     }
 }
 
@@ -204,21 +205,18 @@ impl ProcessId {
     }
 }
 
-fn call() -> Context {
-    with_duration(Duration::from_secs(CALL_TIMEOUT_S))
-}
-
-fn create() -> Context {
-    with_duration(Duration::from_secs(CREATE_TIMEOUT_S))
+/// Waits for the answer to a call of the usual kind.
+async fn within<T>(seconds: u64, call: impl Future<Output = ttrpc::Result<T>>) -> Result<T, AgentError> {
+    let patience = Duration::from_secs(seconds);
+    timeout(patience, call).await.map_err(|_| AgentError::Timeout(patience))?.map_err(error)
 }
 
 fn error(error: ttrpc::Error) -> AgentError {
     let shown = |text: &str| escape(&text.as_bytes()[..text.len().min(ERROR_TEXT_MAX)]);
     match error {
-        ttrpc::Error::RpcStatus(status) => match status.code.enum_value_or_default() {
-            Code::DEADLINE_EXCEEDED => AgentError::Timeout(Duration::from_secs(CALL_TIMEOUT_S)),
-            code => AgentError::Refused { code, text: shown(&status.message) },
-        },
+        ttrpc::Error::RpcStatus(status) => {
+            AgentError::Refused { code: status.code.enum_value_or_default(), text: shown(&status.message) }
+        }
         other => AgentError::Lost(shown(&other.to_string())),
     }
 }

@@ -176,6 +176,28 @@ mod tests {
     }
 
     #[test]
+    fn the_file_that_is_installed_says_nothing_but_the_defaults() {
+        let installed = include_str!("../config.toml");
+        assert_eq!(load(Some(installed), &[]).unwrap(), Config::default());
+        let is_setting = |line: &&str| line.starts_with('#') && !line.starts_with("# ");
+        let settings = installed.lines().filter(is_setting).count();
+        let uncommented: String = installed
+            .lines()
+            .map(|line| if is_setting(&line) { &line[1..] } else { line })
+            .collect::<Vec<_>>()
+            .join("\n");
+        assert_eq!(settings, 7);
+        let said = load(Some(&uncommented), &[]).unwrap();
+        let paths = Paths {
+            libexec: said.paths.libexec.clone(),
+            share: said.paths.share.clone(),
+            ..Paths::default()
+        };
+        assert!(paths.libexec.is_some() && paths.share.is_some());
+        assert_eq!(said, Config { paths, ..Config::default() });
+    }
+
+    #[test]
     fn without_files_the_defaults_hold() {
         let config = load(None, &[]).unwrap();
         assert_eq!(config, Config::default());

@@ -23,7 +23,7 @@ use crate::timing::{BootTimes, Stamp};
 use crate::vmm::{Jail, VmmError, VmmProcess};
 
 /// How long a guest may take until its agent is ready.
-const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
+const BOOT_TIMEOUT: Duration = Duration::from_mins(1);
 /// How long a VMM that has closed its control socket may take to be gone.
 const DEATH_TIMEOUT: Duration = Duration::from_secs(2);
 /// Lines of the console that go with a failure.
@@ -305,7 +305,7 @@ fn guest_failed(end: &End) -> bool {
 /// A listening socket at a path where an older one may be.
 fn listen(path: &Path) -> io::Result<UnixListener> {
     match std::fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
         Ok(()) | Err(_) => UnixListener::bind(path),
     }
 }

@@ -15,6 +15,11 @@ use nix::libc;
 
 use crate::config::Uids;
 
+// libc gives these as int, the struct takes short.
+const WRITE_LOCK: libc::c_short = 1;
+const FROM_START: libc::c_short = 0;
+const _: () = assert!(WRITE_LOCK as i32 == libc::F_WRLCK && FROM_START as i32 == libc::SEEK_SET);
+
 /// A uid that nobody else has while this or a duplicate of its file is open.
 #[derive(Debug)]
 pub struct UidLease {
@@ -51,13 +56,8 @@ impl UidLease {
         // Callers that come at the same time start at different places.
         let start = std::process::id() % uids.count;
         for n in (start..uids.count).chain(0..start) {
-            let lock = libc::flock {
-                l_type: libc::F_WRLCK as libc::c_short,
-                l_whence: libc::SEEK_SET as libc::c_short,
-                l_start: libc::off_t::from(n),
-                l_len: 1,
-                l_pid: 0,
-            };
+            let (l_type, l_whence) = (WRITE_LOCK, FROM_START);
+            let lock = libc::flock { l_type, l_whence, l_start: libc::off_t::from(n), l_len: 1, l_pid: 0 };
             match fcntl(&file, FcntlArg::F_OFD_SETLK(&lock)) {
                 Ok(_) => return Ok(Self { uid: uids.first + n, file }),
                 Err(Errno::EAGAIN | Errno::EACCES) => {}

@@ -165,7 +165,7 @@ mod tests {
         let (_dir, spawned) = spawn("echo 'cannot\tjail myself' >&2; exit 3");
         let (mut process, socket) = spawned.unwrap();
         assert!(matches!(socket.receive::<FromVmm>(), Err(SocketError::Closed)));
-        let (status, message) = process.post_mortem(Duration::from_secs(60)).await;
+        let (status, message) = process.post_mortem(Duration::from_mins(1)).await;
         assert_eq!((status.unwrap().code(), message.as_str()), (Some(3), "cannot\\tjail myself"));
     }
 
@@ -173,7 +173,7 @@ mod tests {
     async fn it_gets_no_environment_and_its_own_process_group() {
         let (_dir, spawned) = spawn("[ -z \"$CARGO_MANIFEST_DIR\" ] && [ $(ps -o pgid= $$) = $$ ] && exit 7");
         let (mut process, _socket) = spawned.unwrap();
-        let (status, message) = process.post_mortem(Duration::from_secs(60)).await;
+        let (status, message) = process.post_mortem(Duration::from_mins(1)).await;
         assert_eq!(status.unwrap().code(), Some(7), "{message}");
     }
 
@@ -193,7 +193,7 @@ mod tests {
         drop(lease);
         assert!(UidLease::take(uids, &lock).is_err(), "the uid is free although its VMM runs");
         process.child.kill().unwrap();
-        let (status, message) = process.post_mortem(Duration::from_secs(60)).await;
+        let (status, message) = process.post_mortem(Duration::from_mins(1)).await;
         assert_eq!((status.unwrap().signal(), message.as_str()), (Some(9), "ready"));
         assert!(UidLease::take(uids, &lock).is_ok());
         // Children of this thread are in its own namespace again.

@@ -11,7 +11,11 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use async_trait::async_trait;
-use bulkhead_protocol::agent::*;
+use bulkhead_protocol::agent::{
+    CreateContainerRequest, CreateContainerResponse, Empty, ExecProcessRequest, ExecProcessResponse,
+    GetGuestDetailsRequest, GuestDetails, OnlineCpusRequest, OnlineCpusResponse, ResizeTerminalRequest,
+    SignalProcessRequest, StartContainerRequest, Stdio, WaitProcessRequest, WaitProcessResponse,
+};
 use bulkhead_protocol::agent_ttrpc::{Agent, create_agent};
 use bulkhead_protocol::limits::{CONTROL_PORT, PROTOCOL_VERSION, STREAM_PORT};
 use bulkhead_protocol::status;
@@ -119,7 +123,7 @@ fn copy(from: OwnedFd, to: OwnedFd) {
     let to: OwnedFd = to.into();
     let _ = rustix::net::shutdown(&to, rustix::net::Shutdown::Write);
     // What nobody takes must not be written either.
-    let _ = rustix::net::shutdown(&OwnedFd::from(from), rustix::net::Shutdown::Read);
+    let _ = rustix::net::shutdown(OwnedFd::from(from), rustix::net::Shutdown::Read);
 }
 
 struct Service {
@@ -190,8 +194,16 @@ impl Service {
             }
             _ => {}
         }
-        let mut command = Command::new(&args[0]);
-        command.args(&args[1..]).env_clear().process_group(0);
+        let mut command = if process.terminal.is_some() {
+            // Makes the terminal that of a session of its own, so that ^C means something.
+            let mut command = Command::new("/usr/bin/setsid");
+            command.arg("--ctty").args(&args).env_clear();
+            command
+        } else {
+            let mut command = Command::new(&args[0]);
+            command.args(&args[1..]).env_clear().process_group(0);
+            command
+        };
         command.envs(words("env").iter().filter_map(|variable| variable.split_once('=')));
         command.current_dir(process.spec["cwd"].as_str().unwrap_or("/"));
         let mut end =

@@ -3,6 +3,8 @@
 //!
 //! The first bytes of the guest image tell how the boot goes, commands like `fake:panic` how the machine ends.
 
+#![allow(clippy::unwrap_used)]
+
 mod guest;
 
 use std::env;
@@ -105,12 +107,12 @@ impl Started {
                         if *slot == 0 {
                             let mut text = [0; 32];
                             file.read_exact_at(&mut text, 0).expect("an image");
-                            directive = String::from_utf8_lossy(&text).trim_end_matches('\0').to_owned();
+                            directive = String::from_utf8_lossy(&text).trim_end_matches('\0').into();
                         }
                     }
                 }
                 Device::Vsock { listener: fd, .. } => {
-                    listener = Some(UnixListener::from(OwnedFd::from(take(*fd))))
+                    listener = Some(UnixListener::from(OwnedFd::from(take(*fd))));
                 }
                 Device::Rng | Device::Console | Device::Balloon => {}
             }

@@ -1,6 +1,7 @@
 //! `check`: whether this host can run containers in virtual machines, and what to do if not.
 
 use std::ffi::{CStr, CString};
+use std::fmt::Write;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -84,9 +85,10 @@ fn text(lines: &[Line]) -> String {
             Status::Warning => "warning",
             Status::Failure => "FAILURE",
         };
-        text.push_str(&format!("{status:<9}{:<18}{}\n", line.what, line.found));
+        // Writing to a string does not fail.
+        let _ = writeln!(text, "{status:<9}{:<18}{}", line.what, line.found);
         if let Some(advice) = &line.advice {
-            text.push_str(&format!("{:<27}-> {advice}\n", ""));
+            let _ = writeln!(text, "{:<27}-> {advice}", "");
         }
     }
     text

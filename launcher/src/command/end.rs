@@ -27,17 +27,17 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) fn stop(args: &StopArgs) -> Result<u8, Failure> {
     let registry = Registry::open(&Paths::from_environment())?;
     let grace = Duration::from_secs(args.grace.into());
-    each(&args.containers, |reference| {
+    Ok(each(&args.containers, |reference| {
         let container = registry.find(reference)?;
         runtime::block_on(end(&registry, &container, container.record.stop_signal, grace))
-    })
+    }))
 }
 
 /// Sends a signal to containers.
 pub(crate) fn kill(args: &KillArgs) -> Result<u8, Failure> {
     let registry = Registry::open(&Paths::from_environment())?;
     let number = signal::parse(&args.signal)?;
-    each(&args.containers, |reference| {
+    Ok(each(&args.containers, |reference| {
         let container = registry.find(reference)?;
         if !matches!(container.state, State::Live(_)) {
             return Err(Failure::new(format!("container {} does not run", container.record.name)));
@@ -49,23 +49,23 @@ pub(crate) fn kill(args: &KillArgs) -> Result<u8, Failure> {
             Ok(send(&registry.socket(&container.record.id), &container.record.id, number).await?)
         });
         sent.map_err(|e| e.context(&format!("cannot send a signal to container {}", container.record.name)))
-    })
+    }))
 }
 
 /// Forgets containers.
 pub(crate) fn rm(args: &RmArgs) -> Result<u8, Failure> {
     let registry = Registry::open(&Paths::from_environment())?;
-    each(&args.containers, |reference| {
+    Ok(each(&args.containers, |reference| {
         let container = registry.find(reference)?;
         if args.force {
             runtime::block_on(end(&registry, &container, SIGKILL, KILL_TIMEOUT))?;
         }
         registry.remove(&container.record.id)
-    })
+    }))
 }
 
 /// Does the same to every container, and says which it was done to. One failure does not keep others from their turn.
-fn each(references: &[String], action: impl Fn(&str) -> Result<(), Failure>) -> Result<u8, Failure> {
+fn each(references: &[String], action: impl Fn(&str) -> Result<(), Failure>) -> u8 {
     let mut worst = 0;
     for reference in references {
         match action(reference) {
@@ -76,7 +76,7 @@ fn each(references: &[String], action: impl Fn(&str) -> Result<(), Failure>) -> 
             }
         }
     }
-    Ok(worst)
+    worst
 }
 
 /// Brings a container to its end: by a signal, then by SIGKILL, then by killing its launcher, with which its machine goes.

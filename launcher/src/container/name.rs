@@ -4,7 +4,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::failure::Failure;
 
-/// Digits of an id.
+/// Digits of an id: those of a `u64`.
 pub(crate) const ID_LENGTH: usize = 16;
 /// Longest name, in bytes.
 const NAME_MAX: usize = 63;
@@ -20,9 +20,9 @@ const THINGS: [&str; 16] = [
 
 /// A new id and, for those who want none of their own, a name.
 pub(crate) fn generate() -> Result<(String, String), Failure> {
-    let mut random = [0_u8; ID_LENGTH / 2];
+    let mut random = [0; size_of::<u64>()];
     getrandom(&mut random, GetRandomFlags::empty())?;
-    let id: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+    let id = format!("{:0width$x}", u64::from_ne_bytes(random), width = ID_LENGTH);
     let [a, b, ..] = random;
     let name = format!(
         "{}-{}-{}",

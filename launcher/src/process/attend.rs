@@ -24,6 +24,11 @@ pub(crate) async fn attend(
     has_terminal: bool,
 ) -> Result<Attended, Failure> {
     let mut resizes = if has_terminal { Some(Signals::resize()?) } else { None };
+    if has_terminal {
+        // It may have changed since the process was made.
+        let (rows, columns) = terminal::size();
+        pass(agent.resize(process, rows, columns).await);
+    }
     let wait = agent.wait(process);
     tokio::pin!(wait);
     loop {

@@ -63,7 +63,7 @@ impl Timings {
                 let stations = stations.iter().map(
                     |(name, stamp)| serde_json::json!({ "name": name, "at_ns": stamp.since(self.start) }),
                 );
-                format!("{}\n", serde_json::Value::from_iter(stations))
+                format!("{}\n", stations.collect::<serde_json::Value>())
             }
         }
     }

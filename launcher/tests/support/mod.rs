@@ -1,6 +1,6 @@
 //! A host of its own for each test: roots, artifacts and a configuration in a temporary directory, `fake-vmm` for the VMM.
 
-#![allow(dead_code, unreachable_pub)]
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 use std::fs;
 use std::os::unix::fs::symlink;
