@@ -138,7 +138,11 @@ pub(crate) fn bind_slot(slot: u32) -> Result<Option<String>, Error> {
     let device = platform_device(slot)?;
     // An empty slot's device is not bound after boot: its probe ended in ENODEV.
     if !device.join("driver").exists() {
-        control(slot, "bind")?;
+        match control(slot, "bind") {
+            // Another call was faster.
+            Err(Error::Write { source, .. }) if source.kind() == io::ErrorKind::ResourceBusy => {}
+            other => other?,
+        }
     }
     if virtio_device(slot)?.is_none() {
         return Err(Error::NoDevice(slot));

@@ -43,7 +43,7 @@ extern "C" fn main(_arguments: libc::c_int, _values: *const *const libc::c_char)
     boot::prepare().unwrap_or_else(|error| status::fail(&chain(&error)));
     let zygote = zygote::fork().unwrap_or_else(|error| status::fail(&chain(&error)));
     boot::raise_limits().unwrap_or_else(|error| status::fail(&chain(&error)));
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(4).build();
     let runtime = runtime.unwrap_or_else(|error| status::fail(&format_args!("start the runtime: {error}")));
     runtime.block_on(serve(zygote, &command_line))
 }

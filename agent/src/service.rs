@@ -117,6 +117,17 @@ async fn finish<T: Send + 'static>(
     }
 }
 
+/// Has a thread of its own do what the kernel may take long over: a device that must be probed, a processor that does not
+/// come up. All else goes on meanwhile.
+async fn beside<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, guest::Error> + Send + 'static,
+) -> Answer<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => Ok(result?),
+        Err(error) => Err(status(Code::INTERNAL, error.to_string())),
+    }
+}
+
 fn check_id(what: &str, id: &str) -> Answer<()> {
     if is_valid_id(id) { Ok(()) } else { Err(invalid(format!("{what} {id:?} is no valid id"))) }
 }
@@ -178,12 +189,12 @@ impl Agent for Service {
     }
 
     async fn bind_slot(&self, _: &TtrpcContext, request: BindSlotRequest) -> Answer<BindSlotResponse> {
-        let block_device = guest::bind_slot(request.slot)?.unwrap_or_default();
+        let block_device = beside(move || guest::bind_slot(request.slot)).await?.unwrap_or_default();
         Ok(BindSlotResponse { block_device, ..BindSlotResponse::default() })
     }
 
     async fn unbind_slot(&self, _: &TtrpcContext, request: UnbindSlotRequest) -> Answer<Empty> {
-        guest::unbind_slot(request.slot)?;
+        beside(move || guest::unbind_slot(request.slot)).await?;
         Ok(Empty::default())
     }
 
@@ -191,7 +202,7 @@ impl Agent for Service {
         if request.count == 0 {
             return Err(invalid("a guest has at least one CPU online"));
         }
-        let cpus_online = guest::online_cpus(request.count)?;
+        let cpus_online = beside(move || guest::online_cpus(request.count)).await?;
         Ok(OnlineCpusResponse { cpus_online, ..OnlineCpusResponse::default() })
     }
 
