@@ -169,7 +169,9 @@ fn more_data_than_one_turn_holds_flows_on_by_itself() {
     while received.len() < data.len() {
         let packets = guest.packets();
         assert!(!packets.is_empty(), "stuck at {}", received.len());
-        packets.into_iter().for_each(|packet| received.extend(packet.data));
+        for packet in packets {
+            received.extend(packet.data);
+        }
     }
     assert!(received == data);
 }

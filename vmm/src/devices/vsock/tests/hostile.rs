@@ -155,7 +155,7 @@ fn host_programs_that_come_and_go_cost_nothing_while_the_guest_takes_no_packets(
 fn chains_that_hold_no_packet_stop_the_device() {
     let whole = Header { len: 10, ..Socket::default().header(op::RW) }.to_bytes();
     let many = [(TX_BUFFERS, 0); 256];
-    let chains: [(&str, &[(u64, u32)], u32); 9] = [
+    let chains: [(&str, &[Part], u32); 9] = [
         ("no header", &[(TX_BUFFERS, 43)], 0),
         ("no data", &[(TX_BUFFERS, 44)], 0),
         ("less data than announced", &[(TX_BUFFERS, 44), (TX_BUFFERS + 44, 9)], 0),

@@ -36,6 +36,9 @@ const TX_BUFFERS: u64 = 0x50_0000;
 const TX_STRIDE: u64 = 0x2_0000;
 const TX_SLOTS: u16 = 16;
 
+/// A descriptor's address and length.
+type Part = (u64, u32);
+
 /// The driver's side of a ring.
 struct Ring {
     size: u16,
@@ -69,7 +72,7 @@ impl Ring {
     }
 
     /// Makes a chain available. True when the device wants to be notified.
-    fn add(&mut self, memory: &Memory, first: u16, parts: &[(u64, u32)], flags: u32) -> bool {
+    fn add(&mut self, memory: &Memory, first: u16, parts: &[Part], flags: u32) -> bool {
         for (index, (address, length)) in parts.iter().enumerate() {
             let number = first + u16::try_from(index).unwrap();
             let at = GuestAddress(self.base + 16 * u64::from(number));

@@ -37,6 +37,7 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 /// One connection from both ends, with what each has sent and got.
+#[allow(clippy::struct_excessive_bools)] // what each end has done and seen, independent of each other
 struct Model {
     guest: Guest,
     host: UnixStream,
@@ -286,9 +287,10 @@ fn run(attacks: &[Attack]) -> usize {
             return count;
         }
         while let Some((head, packet)) = guest.take() {
-            if packet.header.op == op::REQUEST {
-                let unknown = hosts.iter_mut().find(|(_, port)| *port == 0);
-                unknown.into_iter().for_each(|(_, port)| *port = packet.header.src_port);
+            if packet.header.op == op::REQUEST
+                && let Some((_, port)) = hosts.iter_mut().find(|(_, port)| *port == 0)
+            {
+                *port = packet.header.src_port;
             }
             if head < QUEUE_SIZES[RX] {
                 let part = (RX_BUFFERS + u64::from(head) * RX_STRIDE, guest.rx_size);
