@@ -73,6 +73,7 @@ pub(super) fn images_of_index(
 }
 
 /// The one image that a descriptor leads to, through an index or not.
+#[cfg(feature = "registry")]
 pub(super) fn image_of(descriptor: &Descriptor, fetch: &mut Fetch<'_>) -> Result<FoundImage, Error> {
     let mut walk = Walk { fetch, manifests: 0, others: Vec::new() };
     match walk.image(descriptor, NESTING_MAX)? {

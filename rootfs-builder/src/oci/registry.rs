@@ -105,7 +105,12 @@ impl Registry {
     fn blob(&self, digest: &str) -> Result<BlobReader, Error> {
         let request = self.client.pull_blob_stream(&self.reference, digest);
         let stream = self.runtime.block_on(request).map_err(|source| self.failed(digest.into(), source))?;
-        Ok(BlobReader { runtime: self.runtime.clone(), stream: stream.stream, chunk: Bytes::new() })
+        Ok(BlobReader {
+            runtime: self.runtime.clone(),
+            stream: stream.stream,
+            chunk: Bytes::new(),
+            ended: false,
+        })
     }
 
     fn failed(&self, what: String, source: OciDistributionError) -> RegistryError {
@@ -168,15 +173,16 @@ struct BlobReader {
     runtime: Rc<Runtime>,
     stream: Pin<Box<dyn Stream<Item = Result<Bytes, io::Error>> + Send>>,
     chunk: Bytes,
+    /// The stream must not be asked again: it checks the digest each time that it ends.
+    ended: bool,
 }
 
 impl Read for BlobReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while self.chunk.is_empty() && !buffer.is_empty() {
-            match self.runtime.block_on(poll_fn(|context| self.stream.as_mut().poll_next(context))) {
-                Some(chunk) => self.chunk = chunk?,
-                None => return Ok(0),
-            }
+        while self.chunk.is_empty() && !buffer.is_empty() && !self.ended {
+            let next = self.runtime.block_on(poll_fn(|context| self.stream.as_mut().poll_next(context)));
+            self.ended = next.is_none();
+            self.chunk = next.transpose()?.unwrap_or_default();
         }
         let count = buffer.len().min(self.chunk.len());
         buffer[..count].copy_from_slice(&self.chunk.split_to(count));

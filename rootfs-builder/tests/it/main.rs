@@ -12,6 +12,8 @@ mod hostile;
 mod layers;
 mod mount;
 mod oci;
+#[cfg(feature = "registry")]
+mod registry;
 mod store;
 mod tree;
 mod writer;
