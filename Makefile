@@ -8,6 +8,7 @@ SYSCONFDIR ?= /etc
 
 target    := $(or $(CARGO_TARGET_DIR),target)
 binaries  := $(target)/x86_64-unknown-linux-gnu/release
+guest     := $(target)/x86_64-unknown-linux-gnu/guest
 artifacts := $(target)/artifacts
 stage     := $(target)/stage
 
@@ -24,11 +25,12 @@ kernel: setup
 	@guest-kernel/build
 
 binaries: setup
-	cargo build --release --locked -p bulkhead -p bulkhead-vmm -p bulkhead-agent -p bulkhead-rootfs-builder
+	cargo build --release --locked -p bulkhead -p bulkhead-vmm -p bulkhead-rootfs-builder
+	cargo build --profile guest --locked -p bulkhead-agent
 
 guest-image: binaries
 	@mkdir -p $(artifacts)
-	$(binaries)/bulkhead-guest-image --agent $(binaries)/bulkhead-agent --output $(artifacts)/guest.erofs
+	$(binaries)/bulkhead-guest-image --agent $(guest)/bulkhead-agent --output $(artifacts)/guest.erofs
 
 build: kernel guest-image
 
@@ -40,12 +42,17 @@ install: build
 	test -e $(DESTDIR)$(SYSCONFDIR)/bulkhead/config.toml || \
 	  install -D -m 644 sandbox/config.toml $(DESTDIR)$(SYSCONFDIR)/bulkhead/config.toml
 
-# What the lab gets: an installation, and the suite.
+# What the lab gets: an installation, the suite and its images.
 stage: build
 	@rm -rf $(stage)
 	@$(MAKE) --no-print-directory install DESTDIR=$(stage) PREFIX=/usr/local >$(target)/install.log
 	cargo build --release --locked -p bulkhead-tests
-	@install -D -m 755 $(binaries)/lab-suite $(stage)/usr/local/libexec/bulkhead-tests/lab-suite
+	@install -D -t $(stage)/usr/local/libexec/bulkhead-tests $(binaries)/lab-suite $(binaries)/lab-bench tests/demo-show
+	@mkdir -p $(stage)/usr/local/share/bulkhead-tests
+	@for image in busybox debian; do \
+	  directory=$$(tests/images/build-$$image) && \
+	  tar -C "$$directory" -cf "$(stage)/usr/local/share/bulkhead-tests/$$image.tar" . || exit 1; \
+	done
 
 demo: stage
 	@tests/demo

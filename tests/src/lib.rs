@@ -2,5 +2,7 @@
 
 #![allow(missing_docs, clippy::missing_errors_doc)] // of tests: their names say it
 
+pub mod bulkhead;
+pub mod checksum;
 pub mod elf;
 pub mod vm;
