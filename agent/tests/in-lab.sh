@@ -39,6 +39,8 @@ for _ in {1..100}; do
 done
 export AGENT_PID
 sleep 1
+# One that could not have its ports is gone by now.
+kill -0 "$AGENT_PID"
 status=0
 ./guest --ignored --test-threads=1 "$@" || status=$?
 dmesg | grep bulkhead-agent | tail -40 || true
