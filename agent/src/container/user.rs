@@ -40,7 +40,8 @@ pub(crate) enum Error {
 pub(crate) struct User {
     pub(crate) uid: u32,
     pub(crate) gid: u32,
-    /// Groups besides `gid`.
+    /// All groups, `gid` among them: without it, a set-group-id program could shed a group that a file denies access to
+    /// (CVE-2022-36109).
     pub(crate) additional_gids: Vec<u32>,
 }
 
@@ -82,10 +83,12 @@ impl Accounts {
             (None, None) => return Err(Error::NoUser(name.to_owned())),
         };
         if group.is_empty() {
-            let additional_gids = entry.map_or_else(Vec::new, |entry| self.memberships(entry.name));
-            return Ok(User { uid, gid, additional_gids });
+            let memberships = entry.map_or_else(Vec::new, |entry| self.memberships(entry.name));
+            let others = memberships.into_iter().filter(|&other| other != gid);
+            return Ok(User { uid, gid, additional_gids: std::iter::once(gid).chain(others).collect() });
         }
-        Ok(User { uid, gid: self.gid(group)?, additional_gids: Vec::new() })
+        let gid = self.gid(group)?;
+        Ok(User { uid, gid, additional_gids: vec![gid] })
     }
 
     /// The home directory of a user id.
@@ -193,14 +196,14 @@ mod tests {
     #[test]
     fn names_and_numbers_are_resolved_as_docker_does() {
         let accounts = accounts();
-        assert_eq!(accounts.resolve("web").unwrap(), user(33, 33, &[4, 26]));
-        assert_eq!(accounts.resolve("33").unwrap(), user(33, 33, &[4, 26]));
-        assert_eq!(accounts.resolve("web:log").unwrap(), user(33, 4, &[]));
-        assert_eq!(accounts.resolve("web:777").unwrap(), user(33, 777, &[]));
-        assert_eq!(accounts.resolve("4711").unwrap(), user(4711, 0, &[]));
-        assert_eq!(accounts.resolve("4711:log").unwrap(), user(4711, 4, &[]));
-        assert_eq!(accounts.resolve(":log").unwrap(), user(0, 4, &[]));
-        assert_eq!(accounts.resolve("100").unwrap(), user(100, 0, &[]), "a number is never a name");
+        assert_eq!(accounts.resolve("web").unwrap(), user(33, 33, &[33, 4, 26]));
+        assert_eq!(accounts.resolve("33").unwrap(), user(33, 33, &[33, 4, 26]));
+        assert_eq!(accounts.resolve("web:log").unwrap(), user(33, 4, &[4]));
+        assert_eq!(accounts.resolve("web:777").unwrap(), user(33, 777, &[777]));
+        assert_eq!(accounts.resolve("4711").unwrap(), user(4711, 0, &[0]));
+        assert_eq!(accounts.resolve("4711:log").unwrap(), user(4711, 4, &[4]));
+        assert_eq!(accounts.resolve(":log").unwrap(), user(0, 4, &[4]));
+        assert_eq!(accounts.resolve("100").unwrap(), user(100, 0, &[0]), "a number is never a name");
     }
 
     #[test]
