@@ -11,7 +11,7 @@
 //! | host program | `shutdown(SHUT_RD)` | SHUTDOWN(RECEIVE), with the next data that it would have read |
 //! | host program | `close` | SHUTDOWN(both), behind all data |
 //! | guest | SHUTDOWN(SEND) | end of file, behind all data |
-//! | guest | SHUTDOWN(RECEIVE) | a broken pipe |
+//! | guest | SHUTDOWN(RECEIVE) | a broken pipe, which is why the guest gets SHUTDOWN(SEND) |
 //! | guest | SHUTDOWN(both) | both; and the guest an RST once all data has been passed on |
 //! | guest | RST | end of file, behind all data, and a broken pipe |
 
@@ -78,15 +78,6 @@ pub(super) enum Next {
     },
 }
 
-/// What came of reading the host program's socket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Received {
-    /// So many bytes.
-    Data(usize),
-    /// None now, or none ever again; [`Connection::next`] knows what follows.
-    Nothing,
-}
-
 /// One connection.
 #[derive(Debug)]
 pub(super) struct Connection {
@@ -109,7 +100,7 @@ pub(super) struct Connection {
     batch: usize,
     /// What the host program has ended, as [`shutdown`] flags.
     host_ended: u32,
-    /// What of that the guest has been told, or need not be.
+    /// What of that the guest has been told.
     host_told: u32,
     /// What the guest has ended.
     guest_ended: u32,
@@ -206,18 +197,18 @@ impl Connection {
         if self.host_told == shutdown::BOTH { Verdict::Remove } else { Verdict::Keep }
     }
 
-    /// Reads from the socket into guest memory.
+    /// Reads from the socket into guest memory. Returns how many bytes; when there are none, [`next`](Self::next) knows what follows.
     pub(super) fn receive<'m>(
         &mut self,
         parts: impl Iterator<Item = VolatileSlice<'m>>,
         offered: usize,
-    ) -> Received {
+    ) -> usize {
         match buffer::receive(&self.socket, parts) {
             Ok(0) => self.host_sends_no_more(),
             Ok(count) => {
                 self.credit.sent(u32::try_from(count).expect("no more than the credit"));
                 self.batch = if count == offered { (self.batch * 2).min(BATCH_MAX) } else { 1 };
-                return Received::Data(count);
+                return count;
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => self.readable = false,
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -227,7 +218,7 @@ impl Connection {
                 self.host_sends_no_more();
             }
         }
-        Received::Nothing
+        0
     }
 
     fn host_sends_no_more(&mut self) {
@@ -351,9 +342,7 @@ impl Connection {
         if ended & shutdown::RECEIVE != 0 {
             self.pass_on(shutdown::RECEIVE, Shutdown::Read);
             self.discard_input();
-            // So the host program cannot send, which the guest need not be told.
             self.host_ended |= shutdown::SEND;
-            self.host_told |= shutdown::SEND;
         }
         if !self.backlog.is_empty() {
             return Verdict::Keep;

@@ -30,7 +30,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use vm_memory::Bytes;
 
 use self::buffer::Buffer;
-use self::connection::{Next, Received, Verdict};
+use self::connection::{Next, Verdict};
 use self::packet::{CID_HOST, HEADER_SIZE, Header, op};
 use self::table::{Driver, Table, Work};
 use super::DeviceState;
@@ -159,10 +159,7 @@ impl Vsock {
                     left -= part;
                     buffer.data(0, part)
                 });
-                let mut left = match connection.receive(parts, offered) {
-                    Received::Data(count) => count,
-                    Received::Nothing => 0,
-                };
+                let mut left = connection.receive(parts, offered);
                 let mut used = 0;
                 for buffer in &batch {
                     if left == 0 {

@@ -109,6 +109,7 @@ fn a_guest_that_reads_no_more_breaks_the_pipe_of_the_host_program() {
     let (mut host, mut socket) = guest.connect(1000);
     guest.send(socket.shutdown(RECEIVE), &[]);
     assert!(is_broken(&host));
+    assert_eq!(guest.told_shutdown(), SEND, "nobody can send any more");
     socket.send(&mut guest, b"output");
     host.read_exact(&mut [0; 6]).unwrap();
     assert_eq!(guest.packets(), []);
@@ -130,6 +131,27 @@ fn a_host_program_that_reads_no_more_stops_the_guest_but_not_the_input() {
     assert_eq!(guest.packet().data, b"input");
     drop(host);
     assert_eq!(guest.told_shutdown(), BOTH);
+}
+
+#[test]
+fn a_connection_that_nobody_reads_is_over() {
+    for host_first in [true, false] {
+        let mut guest = Guest::new();
+        let (host, mut socket) = guest.connect(1000);
+        if host_first {
+            host.shutdown(Shutdown::Read).unwrap();
+            socket.send(&mut guest, b"output");
+            assert_eq!(guest.told_shutdown(), RECEIVE);
+            guest.send(socket.shutdown(RECEIVE), &[]);
+        } else {
+            guest.send(socket.shutdown(RECEIVE), &[]);
+            assert_eq!(guest.told_shutdown(), SEND);
+            host.shutdown(Shutdown::Read).unwrap();
+        }
+        assert_eq!(guest.packets().last().unwrap().header.flags, BOTH);
+        guest.send(socket.header(op::CREDIT_UPDATE), &[]);
+        assert!(guest.told_reset(), "it is forgotten");
+    }
 }
 
 #[test]
