@@ -35,8 +35,8 @@ impl Paths {
         self.run.join(id)
     }
 
-    /// The lock whose bytes stand for uids.
-    pub(crate) fn uid_lock(&self) -> PathBuf {
+    /// The directory with a lock file for each uid.
+    pub(crate) fn uid_locks(&self) -> PathBuf {
         self.run.join(".uids")
     }
 

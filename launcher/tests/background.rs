@@ -70,8 +70,13 @@ fn exec_runs_beside_the_container_and_returns_its_own_code() {
 #[test]
 fn stop_asks_first_and_kills_those_that_do_not_listen() {
     let host = Host::new();
-    let polite = host.detached(&[], &["/bin/sh", "-c", "trap 'exit 4' TERM; while :; do sleep 0.05; done"]);
-    let stubborn = host.detached(&[], &["/bin/sh", "-c", "trap '' TERM; while :; do sleep 0.05; done"]);
+    let polite = host
+        .detached(&[], &["/bin/sh", "-c", "trap 'exit 4' TERM; echo ready; while :; do sleep 0.05; done"]);
+    let stubborn =
+        host.detached(&[], &["/bin/sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.05; done"]);
+    for id in [&polite, &stubborn] {
+        until("its trap is set", || host.output(&["logs", id]) == "ready");
+    }
     host.output(&["stop", &polite]);
     assert_eq!(row(&host, &polite)["outcome"]["exit_code"], 4);
     host.output(&["stop", "-t", "0", &stubborn]);
@@ -85,12 +90,15 @@ fn stop_asks_first_and_kills_those_that_do_not_listen() {
 #[test]
 fn kill_sends_any_signal() {
     let host = Host::new();
-    let id =
-        host.detached(&[], &["/bin/sh", "-c", "trap 'echo usr; exit 6' USR1; while :; do sleep 0.05; done"]);
+    let id = host.detached(
+        &[],
+        &["/bin/sh", "-c", "trap 'echo usr; exit 6' USR1; echo ready; while :; do sleep 0.05; done"],
+    );
+    until("its trap is set", || host.output(&["logs", &id]) == "ready");
     host.output(&["kill", "-s", "USR1", &id]);
     until("it has ended", || row(&host, &id)["status"] == "exited");
     assert_eq!(row(&host, &id)["outcome"]["exit_code"], 6);
-    assert_eq!(host.output(&["logs", &id]), "usr");
+    assert_eq!(host.output(&["logs", &id]), "ready\nusr");
 }
 
 #[test]
@@ -145,4 +153,32 @@ fn containers_without_a_log_say_so() {
     host.output(&["kill", "quiet"]);
     assert_eq!(child.wait().unwrap().code(), Some(137));
     assert!(host.residue().is_empty());
+}
+
+#[test]
+fn an_empty_store_has_no_images() {
+    let host = Host::new();
+    assert_eq!(host.output(&["image", "ls"]).lines().count(), 1);
+    assert_eq!(host.output(&["image", "ls", "--json"]), "[]");
+    for args in [&["image", "rm", "debian"][..], &["image", "import", "/nonexistent"]] {
+        let output = host.bulkhead(args).output().unwrap();
+        assert_eq!(code(&output), 125);
+        assert!(stderr(&output).contains(args[2]), "{}", stderr(&output));
+    }
+}
+
+#[test]
+fn check_names_what_is_missing_and_fails() {
+    let host = Host::new();
+    let output = host.bulkhead(&["check", "--json"]).output().unwrap();
+    assert_eq!(code(&output), 1);
+    let lines: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let status = |what: &str| {
+        let mut lines = lines.as_array().unwrap().iter();
+        lines.find(|line| line["what"] == what).map(|line| line["status"].clone()).unwrap_or_default()
+    };
+    // /dev/null opens, but it is no KVM; the artifacts are whole.
+    assert_eq!((status("/dev/kvm"), status("KVM API")), ("ok".into(), "failure".into()));
+    assert_eq!((status("VMM"), status("guest kernel")), ("ok".into(), "ok".into()));
+    assert!(stdout(&host.bulkhead(&["version"]).output().unwrap()).contains("libexec/bulkhead-vmm"));
 }

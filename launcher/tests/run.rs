@@ -103,7 +103,18 @@ fn a_closed_pipe_ends_the_command_as_it_would_without_a_container() {
     let mut child = run.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     child.stdout.take().unwrap().read_exact(&mut first[..2]).unwrap();
     let output = wait(child);
+    // `yes` tells of the broken pipe if SIGPIPE is ignored.
     assert!([1, 141].contains(&code(&output)), "{}: {}", code(&output), stderr(&output));
+    assert!(host.residue().is_empty());
+}
+
+#[test]
+fn a_command_that_does_not_mind_a_closed_pipe_is_ended() {
+    let host = Host::new();
+    let script = "trap '' PIPE; while :; do echo line; done 2>/dev/null";
+    let mut child = host.run(&["--rm"], &["/bin/sh", "-c", script]).stdout(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    assert_eq!(code(&wait(child)), 141);
     assert!(host.residue().is_empty());
 }
 

@@ -146,7 +146,7 @@ impl Agent {
         within(CREATE_TIMEOUT_S, self.client.exec_process(Context::default(), request)).await.map(drop)
     }
 
-    /// Sends a signal to one process of a container, or to all when `exec_id` is `None`.
+    /// Sends a signal to a process.
     ///
     /// # Errors
     /// [`AgentError`], as for every call.

@@ -1,36 +1,31 @@
 //! A uid of its own for every VMM, so that a VMM that has been taken over cannot reach another.
 //!
-//! One lock file stands for the whole range, byte n of it for the n-th uid. The locks belong to the open file
-//! (`F_OFD_SETLK`), and the VMM inherits that file: a uid is free again when the last process that used it is gone, however
-//! it ended, and not before.
+//! A file stands for each uid, and a shared `flock` on it for its being used: by the VMM's owner, and by the VMM itself, which
+//! inherits an open file of its own. So a uid is free again when both are gone, however they ended. What a VMM can do with its
+//! file concerns nobody's uid but its own, and cannot take its owner's lock away.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, fcntl};
-use nix::libc;
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
 use crate::config::Uids;
 
-// libc gives these as int, the struct takes short.
-const WRITE_LOCK: libc::c_short = 1;
-const FROM_START: libc::c_short = 0;
-const _: () = assert!(WRITE_LOCK as i32 == libc::F_WRLCK && FROM_START as i32 == libc::SEEK_SET);
-
-/// A uid that nobody else has while this or a duplicate of its file is open.
+/// A uid that nobody else has while this or the VMM's file is open.
 #[derive(Debug)]
 pub struct UidLease {
     uid: u32,
-    file: File,
+    _owner: File,
+    vmm: File,
 }
 
 /// Why there is no uid.
 #[derive(Debug, thiserror::Error)]
 pub enum UidError {
-    /// The lock file cannot be used.
+    /// A lock file cannot be used.
     #[error("cannot lock a uid in {0}")]
     Lock(PathBuf, #[source] io::Error),
     /// All are taken.
@@ -39,29 +34,25 @@ pub enum UidError {
 }
 
 impl UidLease {
-    /// Takes a uid that is free. `lock_file` is made if need be.
+    /// Takes the first uid that is free. `directory` holds the lock files and is made if need be.
     ///
     /// # Errors
-    /// [`UidError`] when the file cannot be used or all uids are taken.
-    pub fn take(uids: Uids, lock_file: &Path) -> Result<Self, UidError> {
-        let failed = |e| UidError::Lock(lock_file.to_owned(), e);
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(lock_file);
-        let file = file.map_err(failed)?;
-        // Callers that come at the same time start at different places.
-        let start = std::process::id() % uids.count;
-        for n in (start..uids.count).chain(0..start) {
-            let (l_type, l_whence) = (WRITE_LOCK, FROM_START);
-            let lock = libc::flock { l_type, l_whence, l_start: libc::off_t::from(n), l_len: 1, l_pid: 0 };
-            match fcntl(&file, FcntlArg::F_OFD_SETLK(&lock)) {
-                Ok(_) => return Ok(Self { uid: uids.first + n, file }),
-                Err(Errno::EAGAIN | Errno::EACCES) => {}
-                Err(errno) => return Err(failed(errno.into())),
+    /// [`UidError`] when the files cannot be used or all uids are taken.
+    pub fn take(uids: Uids, directory: &Path) -> Result<Self, UidError> {
+        let failed = |e| UidError::Lock(directory.to_owned(), e);
+        DirBuilder::new().mode(0o700).recursive(true).create(directory).map_err(failed)?;
+        for n in 0..uids.count {
+            let path = directory.join(n.to_string());
+            let owner = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
+            let owner = owner.map_err(failed)?;
+            // Exclusive to see that nobody has it, then shared; in between, somebody else may have been faster.
+            let free = lock(&owner, FlockOperation::NonBlockingLockExclusive).map_err(failed)?
+                && lock(&owner, FlockOperation::NonBlockingLockShared).map_err(failed)?;
+            if free {
+                let vmm = File::open(&path).map_err(failed)?;
+                if lock(&vmm, FlockOperation::NonBlockingLockShared).map_err(failed)? {
+                    return Ok(Self { uid: uids.first + n, _owner: owner, vmm });
+                }
             }
         }
         Err(UidError::NoneFree(uids.count))
@@ -72,9 +63,18 @@ impl UidLease {
         self.uid
     }
 
-    /// The file whose being open keeps the uid.
+    /// The file for the VMM to inherit, open for reading.
     pub fn file(&self) -> &File {
-        &self.file
+        &self.vmm
+    }
+}
+
+/// False when somebody else has a lock that does not go with this one.
+fn lock(file: &File, operation: FlockOperation) -> io::Result<bool> {
+    match flock(file, operation) {
+        Ok(()) => Ok(true),
+        Err(Errno::WOULDBLOCK) => Ok(false),
+        Err(errno) => Err(errno.into()),
     }
 }
 
@@ -85,25 +85,27 @@ mod tests {
     #[test]
     fn every_lease_has_its_own_uid_until_the_last_is_taken() {
         let dir = tempfile::tempdir().unwrap();
-        let lock = dir.path().join("uids");
         let uids = Uids { first: 70_000, count: 3 };
-        let leases: Vec<UidLease> = (0..3).map(|_| UidLease::take(uids, &lock).unwrap()).collect();
-        let mut taken: Vec<u32> = leases.iter().map(UidLease::uid).collect();
-        taken.sort_unstable();
+        let leases: Vec<UidLease> = (0..3).map(|_| UidLease::take(uids, dir.path()).unwrap()).collect();
+        let taken: Vec<u32> = leases.iter().map(UidLease::uid).collect();
         assert_eq!(taken, [70_000, 70_001, 70_002]);
-        assert!(matches!(UidLease::take(uids, &lock), Err(UidError::NoneFree(3))));
+        assert!(matches!(UidLease::take(uids, dir.path()), Err(UidError::NoneFree(3))));
+        drop(leases);
+        assert_eq!(UidLease::take(uids, dir.path()).unwrap().uid(), 70_000);
     }
 
     #[test]
-    fn a_duplicate_keeps_the_uid_until_it_is_closed() {
+    fn a_vmm_keeps_its_uid_beyond_its_owner_and_cannot_give_it_away_before() {
         let dir = tempfile::tempdir().unwrap();
-        let lock = dir.path().join("uids");
         let uids = Uids { first: 70_000, count: 1 };
-        let lease = UidLease::take(uids, &lock).unwrap();
+        let lease = UidLease::take(uids, dir.path()).unwrap();
         let inherited = lease.file().try_clone().unwrap();
+        flock(&inherited, FlockOperation::Unlock).unwrap();
+        assert!(UidLease::take(uids, dir.path()).is_err());
+        flock(&inherited, FlockOperation::LockShared).unwrap();
         drop(lease);
-        assert!(UidLease::take(uids, &lock).is_err());
+        assert!(UidLease::take(uids, dir.path()).is_err());
         drop(inherited);
-        assert_eq!(UidLease::take(uids, &lock).unwrap().uid(), 70_000);
+        assert_eq!(UidLease::take(uids, dir.path()).unwrap().uid(), 70_000);
     }
 }

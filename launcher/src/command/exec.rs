@@ -65,7 +65,7 @@ async fn run(args: &ExecArgs, registry: &Registry, container: &Container) -> Res
     agent.exec_process(&request).await.map_err(gone)?;
     let raw = if args.tty && args.interactive { Some(RawTerminal::enter()?) } else { None };
     let attached = Attached::connect(&socket, &id, &plan).await?;
-    let attended = attend(&agent, &id, &mut signals, raw.is_some()).await?;
+    let attended = attend(&agent, &id, &attached, &mut signals, raw.is_some()).await?;
     attached.drain().await;
     drop(raw);
     match attended {

@@ -14,7 +14,7 @@ use bulkhead_sandbox::stream;
 use bulkhead_sandbox::timing::Stamp;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
@@ -81,6 +81,7 @@ pub(crate) struct Attached {
     input: Option<JoinHandle<()>>,
     outputs: Vec<JoinHandle<()>>,
     ended: watch::Sender<bool>,
+    refused: Arc<Notify>,
     first_output: Arc<OnceLock<Stamp>>,
 }
 
@@ -104,6 +105,7 @@ impl Attached {
             open_if(!plan.terminal, Stream::Stderr)
         )?;
         let (ended, watching) = watch::channel(false);
+        let refused = Arc::new(Notify::new());
         let first_output = Arc::new(OnceLock::new());
         let mut outputs = Vec::new();
         for (stream, connection) in [(Stream::Stdout, Some(stdout)), (Stream::Stderr, stderr)] {
@@ -114,7 +116,12 @@ impl Attached {
                 (true, _) => Some(HostStream::stdout()?),
             };
             let sink = Sink { stream, host, log: plan.output.log.clone(), first: Arc::clone(&first_output) };
-            outputs.push(tokio::spawn(copy_output(connection, sink, watching.clone())));
+            let (ended, refused) = (watching.clone(), Arc::clone(&refused));
+            outputs.push(tokio::spawn(async move {
+                if !copy_output(connection, &sink, ended).await && sink.stream == Stream::Stdout {
+                    refused.notify_one();
+                }
+            }));
         }
         let input = match (stdin, plan.input) {
             (Some(connection), Input::Host) => {
@@ -123,7 +130,12 @@ impl Attached {
             (Some(connection), _) => Some(tokio::spawn(hold(connection))),
             (None, _) => None,
         };
-        Ok(Self { input, outputs, ended, first_output })
+        Ok(Self { input, outputs, ended, refused, first_output })
+    }
+
+    /// Waits until nobody reads the launcher's standard output any more.
+    pub(crate) async fn refused(&self) {
+        self.refused.notified().await;
     }
 
     /// The process has ended: takes what it has still written, and returns when that is over. When the first output came.
@@ -170,8 +182,8 @@ impl Sink {
 }
 
 /// Copies until the end of the output. When nobody takes it any more, the connection closes, and the process meets a broken
-/// pipe as it would have without a container.
-async fn copy_output(mut connection: UnixStream, sink: Sink, mut ended: watch::Receiver<bool>) {
+/// pipe as it would have without a container; the answer is then false.
+async fn copy_output(mut connection: UnixStream, sink: &Sink, mut ended: watch::Receiver<bool>) -> bool {
     let mut piece = vec![0; PIECE];
     loop {
         let idle = async {
@@ -184,8 +196,11 @@ async fn copy_output(mut connection: UnixStream, sink: Sink, mut ended: watch::R
             read = connection.read(&mut piece) => read.unwrap_or(0),
             () = idle => 0,
         };
-        if count == 0 || !sink.take(&piece[..count]).await {
-            break;
+        if count == 0 {
+            return true;
+        }
+        if !sink.take(&piece[..count]).await {
+            return false;
         }
     }
 }

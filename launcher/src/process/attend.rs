@@ -1,11 +1,21 @@
 //! Waits for the end of a process and passes on to it what reaches the launcher meanwhile.
 
+use std::time::Duration;
+
 use bulkhead_sandbox::agent::messages::WaitProcessResponse;
 use bulkhead_sandbox::agent::{Agent, AgentError, ProcessId};
+use tokio::time::sleep;
 
+use super::attach::Attached;
 use super::signals::Signals;
 use super::terminal;
 use crate::failure::Failure;
+
+const SIGKILL: u32 = 9;
+/// What a shell says of a program that SIGPIPE has ended.
+const EXIT_SIGPIPE: u32 = 128 + 13;
+/// How long a process may go on when nobody reads its output.
+const REFUSED_GRACE: Duration = Duration::from_secs(2);
 
 /// How waiting for a process ended.
 #[derive(Debug)]
@@ -16,10 +26,12 @@ pub(crate) enum Attended {
     Lost(AgentError),
 }
 
-/// Waits until the process ends. Signals are forwarded; with a terminal, its size too.
+/// Waits until the process ends. Signals are forwarded; with a terminal, its size too. A process that goes on although nobody
+/// reads what it writes is killed: the first process of a container has no SIGPIPE that would do it.
 pub(crate) async fn attend(
     agent: &Agent,
     process: &ProcessId,
+    attached: &Attached,
     signals: &mut Signals,
     has_terminal: bool,
 ) -> Result<Attended, Failure> {
@@ -30,7 +42,12 @@ pub(crate) async fn attend(
         pass(agent.resize(process, rows, columns).await);
     }
     let wait = agent.wait(process);
-    tokio::pin!(wait);
+    let refused = async {
+        attached.refused().await;
+        sleep(REFUSED_GRACE).await;
+    };
+    tokio::pin!(wait, refused);
+    let mut killed = false;
     loop {
         let resized = async {
             match &mut resizes {
@@ -39,7 +56,17 @@ pub(crate) async fn attend(
             }
         };
         tokio::select! {
-            ended = &mut wait => return Ok(ended.map_or_else(Attended::Lost, Attended::Exited)),
+            ended = &mut wait => return Ok(match ended {
+                Ok(response) if killed => {
+                    Attended::Exited(WaitProcessResponse { exit_status: EXIT_SIGPIPE, ..response })
+                }
+                Ok(response) => Attended::Exited(response),
+                Err(error) => Attended::Lost(error),
+            }),
+            () = &mut refused, if !killed => {
+                killed = true;
+                pass(agent.signal(process, SIGKILL).await);
+            }
             signal = signals.next() => pass(agent.signal(process, signal).await),
             _ = resized => {
                 let (rows, columns) = terminal::size();

@@ -91,22 +91,27 @@ async fn live(
 
     let process = ProcessId::init(&record.id);
     let plan = plan(request, claim, mode)?;
-    let starting = start(request, &storage, &sandbox, &agent, &process, &plan, timings);
-    let started = tokio::select! {
-        started = progress::during("starting the container", starting) => started,
+    let creating = create(request, &storage, &sandbox, &agent, &process, &plan);
+    let created = tokio::select! {
+        created = progress::during("creating the container", creating) => created,
         signal = signals.next() => return Err(interrupted(signal)),
     };
-    let attached = match started {
-        Ok(attached) => attached,
-        Err(Start::Agent(error)) => return Err(explain(&sandbox, error).await),
-        Err(Start::Other(failure)) => return Err(failure),
-    };
+    if let Err(error) = created {
+        return Err(explain(&sandbox, error).await);
+    }
+    timings.mark("container created");
+    let attached = Attached::connect(sandbox.socket(), &process, &plan).await?;
+    // From here on the command may run, and signals are for it.
+    if let Err(error) = agent.start_container(&process.container_id).await {
+        return Err(explain(&sandbox, error).await);
+    }
+    timings.mark("container started");
     claim.running(Some(sandbox.vmm_pid()))?;
     if mode == Mode::Background {
         detach::report(&record.id)?;
     }
     let raw = if request.terminal && plan.input == Input::Host { Some(RawTerminal::enter()?) } else { None };
-    let attended = attend(&agent, &process, signals, raw.is_some()).await?;
+    let attended = attend(&agent, &process, &attached, signals, raw.is_some()).await?;
     timings.mark("exit");
     let ended = match attended {
         Attended::Exited(response) => {
@@ -128,7 +133,7 @@ async fn boot(request: &Request, claim: &Claim) -> Result<(Sandbox, Storage), Fa
     let half = Size(u64::from(request.machine.memory_mib) << 19);
     let storage = request.root.prepare(claim, request.storage, half).await?;
     let lease = if geteuid().is_root() {
-        Some(UidLease::take(request.uids, &request.paths.uid_lock())?)
+        Some(UidLease::take(request.uids, &request.paths.uid_locks())?)
     } else {
         None
     };
@@ -164,27 +169,15 @@ fn plan(request: &Request, claim: &Claim, mode: Mode) -> Result<Plan, Failure> {
     Ok(Plan { terminal: request.terminal, input, output: Output { host, log } })
 }
 
-/// What can go wrong when a container starts.
-enum Start {
-    Agent(AgentError),
-    Other(Failure),
-}
-
-impl<E: Into<Failure>> From<E> for Start {
-    fn from(error: E) -> Self {
-        Self::Other(error.into())
-    }
-}
-
-async fn start(
+/// Creates the container, and meanwhile gives the machine its CPUs.
+async fn create(
     request: &Request,
     storage: &Storage,
     sandbox: &Sandbox,
     agent: &Agent,
     process: &ProcessId,
     plan: &Plan,
-    timings: &mut Timings,
-) -> Result<Attached, Start> {
+) -> Result<(), AgentError> {
     let create = CreateContainerRequest {
         container_id: process.container_id.clone(),
         spec: request.spec.clone(),
@@ -203,13 +196,7 @@ async fn start(
             message::warn(&format!("the machine has only one CPU: {}", Failure::from(error)));
         }
     };
-    let (created, ()) = tokio::join!(agent.create_container(&create), cpus);
-    created.map_err(Start::Agent)?;
-    timings.mark("container created");
-    let attached = Attached::connect(sandbox.socket(), process, plan).await?;
-    agent.start_container(&process.container_id).await.map_err(Start::Agent)?;
-    timings.mark("container started");
-    Ok(attached)
+    tokio::join!(agent.create_container(&create), cpus).0
 }
 
 /// Why a call to the agent failed, as an exit code and in words: the machine's end explains an agent that is gone.
