@@ -42,7 +42,10 @@ debian_tree() {
   [[ -n $mirror ]] || mirror=$(debian_mirror)
   ((EUID == 0)) || die "building an image takes root"
   [[ -e /usr/share/keyrings/debian-archive-keyring.gpg ]] || die "missing: debian-archive-keyring"
-  setpriv --pdeathsig KILL unshare --mount --pid --fork --kill-child \
+  # Where / is no mount point, in a chroot, its propagation cannot be changed and is left as it is.
+  # shellcheck disable=SC2016
+  setpriv --pdeathsig KILL unshare --mount --propagation unchanged --pid --fork --kill-child \
+    sh -c 'mount --make-rprivate / 2>/dev/null; exec "$@"' - \
     mmdebstrap --quiet --mode=root --format=directory ${packages:+--include="$packages"} "$@" \
     trixie "$dir" "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror trixie main"
 }

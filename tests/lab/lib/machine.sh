@@ -89,7 +89,7 @@ up() {
     return
   fi
   need qemu-system-x86_64 socat ssh setpriv setsid flock
-  image=$(lab_image)
+  image=$(setpriv --pdeathsig KILL "$here/lab" build) || die "there is no disk image to boot"
   exec {keeper_out}< <(start_keeper "$image" "$owner" {guard}>&-)
   if ! read -r -t "${BULKHEAD_LAB_TIMEOUT:-120}" line <&"$keeper_out" || [[ $line != ready ]]; then
     keep_logs boot
