@@ -62,8 +62,8 @@ async fn run(args: &ExecArgs, registry: &Registry, container: &Container) -> Res
         user: args.user.clone().unwrap_or_else(|| record.user.clone()),
         ..Default::default()
     };
-    agent.exec_process(&request).await.map_err(gone)?;
     let raw = if args.tty && args.interactive { Some(RawTerminal::enter()?) } else { None };
+    agent.exec_process(&request).await.map_err(gone)?;
     let attached = Attached::connect(&socket, &id, &plan).await?;
     let attended = attend(&agent, &id, &attached, &mut signals, raw.is_some()).await?;
     attached.drain().await;

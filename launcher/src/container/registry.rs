@@ -53,6 +53,7 @@ pub(crate) struct Claim {
     pub(crate) data: PathBuf,
     /// The run directory.
     pub(crate) run: PathBuf,
+    registry: Registry,
     _lock: File,
 }
 
@@ -83,7 +84,7 @@ impl Registry {
         let lock = lock_file(&run)?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
         private_directory(&data)?;
-        let claim = Claim { data, run, _lock: lock };
+        let claim = Claim { data, run, registry: self.clone(), _lock: lock };
         claim.running(None)?;
         record::write(&claim.data, RECORD_FILE, record)?;
         Ok(claim)
@@ -258,6 +259,8 @@ impl Claim {
 
     /// Writes down how the container ended, or removes what there is of it if `outcome` is `None`.
     pub(crate) fn finish(self, record: &Record, outcome: Option<Outcome>) -> Result<(), Failure> {
+        // Nobody sees the one without the other.
+        let _lock = self.registry.lock()?;
         if outcome.is_none() {
             remove_directory(&self.data)?;
         } else {
@@ -319,7 +322,11 @@ fn lock_file(directory: &Path) -> Result<File, Failure> {
 }
 
 fn is_locked(directory: &Path) -> Result<bool, Failure> {
-    let lock = lock_file(directory)?;
+    let lock = match File::open(directory.join(LOCK_FILE)) {
+        Ok(lock) => lock,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(e) => return Err(Failure::from(e).context("cannot tell whether a container runs")),
+    };
     match flock(&lock, FlockOperation::NonBlockingLockShared) {
         Ok(()) => Ok(false),
         Err(Errno::WOULDBLOCK) => Ok(true),

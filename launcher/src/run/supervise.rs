@@ -100,6 +100,7 @@ async fn live(
         return Err(explain(&sandbox, error).await);
     }
     timings.mark("container created");
+    let raw = if request.terminal && plan.input == Input::Host { Some(RawTerminal::enter()?) } else { None };
     let attached = Attached::connect(sandbox.socket(), &process, &plan).await?;
     // From here on the command may run, and signals are for it.
     if let Err(error) = agent.start_container(&process.container_id).await {
@@ -110,7 +111,6 @@ async fn live(
     if mode == Mode::Background {
         detach::report(&record.id)?;
     }
-    let raw = if request.terminal && plan.input == Input::Host { Some(RawTerminal::enter()?) } else { None };
     let attended = attend(&agent, &process, &attached, signals, raw.is_some()).await?;
     timings.mark("exit");
     let ended = match attended {
