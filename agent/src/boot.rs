@@ -2,6 +2,7 @@
 //!
 //! Every step here is on the path that a user waits for, so there is no system call without a need.
 
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd as _, IntoRawFd as _};
@@ -28,6 +29,8 @@ pub(crate) enum Error {
     Loopback(#[source] io::Error),
     #[error("read the kernel command line")]
     CommandLine(#[source] io::Error),
+    #[error("expedite RCU grace periods")]
+    Expedite(#[source] io::Error),
     #[error("open /dev/null as standard input and output")]
     Null(#[source] io::Error),
     #[error("protect the agent from the out-of-memory killer")]
@@ -42,17 +45,18 @@ pub(crate) enum Error {
 
 const NO_DEVICES: MountFlags = MountFlags::NODEV.union(MountFlags::NOSUID).union(MountFlags::NOEXEC);
 
-/// What is mounted where, in this order. `favordynmods` keeps a move between cgroups from waiting for an RCU grace
-/// period, milliseconds that every container would pay for; `nsdelegate` keeps a container that has a cgroup namespace
-/// from raising its own limits.
-const MOUNTS: [(&str, &str, MountFlags, &str); 6] = [
+/// What is mounted where.
+const MOUNTS: [(&str, &str, MountFlags, &str); 5] = [
     ("devtmpfs", "/dev", MountFlags::NOSUID, "mode=0755"),
     ("proc", "/proc", NO_DEVICES, ""),
     ("sysfs", "/sys", NO_DEVICES, ""),
-    ("cgroup2", cgroup::ROOT, NO_DEVICES, "nsdelegate,favordynmods"),
     ("tmpfs", "/run", NO_DEVICES, "mode=0755"),
     ("tmpfs", "/tmp", NO_DEVICES, "mode=1777,size=1m"),
 ];
+
+/// `favordynmods` keeps a move into a cgroup, of which every container has several, from waiting for an RCU grace period:
+/// up to ten milliseconds. `nsdelegate` keeps a container that has a cgroup namespace from raising its own limits.
+const CGROUPS: &str = "nsdelegate,favordynmods";
 
 /// Mounts what the agent and libcontainer need. One that the kernel or a test has mounted already is left as it is.
 ///
@@ -60,13 +64,33 @@ const MOUNTS: [(&str, &str, MountFlags, &str); 6] = [
 /// [`Error::Mount`] with the first that fails.
 pub(crate) fn mount_all() -> Result<(), Error> {
     for (what, target, flags, options) in MOUNTS {
-        let options = (!options.is_empty()).then(|| std::ffi::CString::new(options).unwrap_or_default());
-        match mount(what, target, what, flags, options.as_deref()) {
-            Ok(()) | Err(Errno::BUSY) => {}
-            Err(source) => return Err(Error::Mount { what, target, source }),
-        }
+        mount_one(what, target, flags, options)?;
     }
-    Ok(())
+    // `favordynmods` itself takes one grace period. An expedited one disturbs the other processors, so only this is.
+    expedite_grace_periods("1")?;
+    mount_one("cgroup2", cgroup::ROOT, NO_DEVICES, CGROUPS)?;
+    expedite_grace_periods("0")
+}
+
+fn mount_one(
+    what: &'static str,
+    target: &'static str,
+    flags: MountFlags,
+    options: &str,
+) -> Result<(), Error> {
+    let options = (!options.is_empty()).then(|| CString::new(options).unwrap_or_default());
+    match mount(what, target, what, flags, options.as_deref()) {
+        Ok(()) | Err(Errno::BUSY) => Ok(()),
+        Err(source) => Err(Error::Mount { what, target, source }),
+    }
+}
+
+fn expedite_grace_periods(on: &str) -> Result<(), Error> {
+    match fs::write("/sys/kernel/rcu_expedited", on) {
+        // A kernel for one processor has nothing to wait for.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other.map_err(Error::Expedite),
+    }
 }
 
 /// The kernel command line.
