@@ -22,6 +22,7 @@ build_lab_image() {
   debian_tree "$dir/root" "$packages" --variant=essential \
     "${left_out[@]/#/--dpkgopt=path-exclude=}" --customize-hook="$here/recipe/customize \"\$1\""
   mv "$dir"/root/boot/{vmlinuz,initrd,key} "$dir"
-  mkfs.ext4 -q -d "$dir/root" -L lab -O ^has_journal "$dir/root.img" 16G
+  truncate -s 16G "$dir/root.img"
+  mkfs.ext4 -q -d "$dir/root" -L lab -O ^has_journal "$dir/root.img"
   rm -rf --one-file-system "$dir/root"
 }
