@@ -61,6 +61,12 @@ pub(crate) struct Start {
     outcome: Descriptor,
 }
 
+impl Start {
+    pub(crate) fn new(socket: String, outcome: Descriptor) -> Self {
+        Self { socket, outcome }
+    }
+}
+
 /// All that the agent does for containers.
 pub(crate) struct Lifecycle {
     pub(crate) table: Table,
@@ -208,7 +214,7 @@ impl Lifecycle {
                 tracing::error!("watch the terminal of container {id}: {error}");
             }
             if let Some(outcome) = outcome.take() {
-                self.table.born(id, exec, process, pid, Start { socket: socket.clone(), outcome });
+                self.table.born(id, exec, process, pid, Start::new(socket.clone(), outcome));
             }
             Ok(pid)
         };

@@ -330,3 +330,87 @@ pub(crate) async fn reap(table: &Table, zygote: i32) -> io::Error {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bulkhead_protocol::agent::Stdio;
+
+    use super::*;
+    use crate::descriptor::nonblocking;
+
+    fn run(test: impl Future<Output = ()>) {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test);
+    }
+
+    fn process() -> Arc<Process> {
+        Process::new(Streams::new(&Stdio::default()).unwrap().0)
+    }
+
+    fn start() -> Start {
+        let (read, _) = rustix::pipe::pipe().unwrap();
+        Start::new(String::new(), nonblocking(read).unwrap())
+    }
+
+    fn running(table: &Table, id: &str, pid: i32) -> Arc<Process> {
+        let init = process();
+        table.reserve(id, Arc::clone(&init)).unwrap();
+        table.born(id, "", &init, pid, start());
+        table.advance(id, &[State::Created], State::Running).unwrap();
+        init
+    }
+
+    #[test]
+    fn the_end_of_a_process_reaches_all_who_wait() {
+        run(async {
+            let table = Table::default();
+            let init = running(&table, "c", 1_000_001);
+            table.ended(1_000_002, 9);
+            assert_eq!(init.ended(), None, "an orphan is nobody's");
+            let (first, second, ()) =
+                tokio::join!(init.wait(), init.wait(), async { table.ended(1_000_001, 137) });
+            assert_eq!((first.status, second.status), (137, 137));
+            assert_eq!(init.wait().await.status, 137, "late ones learn it too");
+            assert_eq!(table.state("c"), Ok(State::Stopped));
+        });
+    }
+
+    #[test]
+    fn ids_are_free_when_their_owner_has_ended() {
+        run(async {
+            let table = Table::default();
+            running(&table, "c", 1_000_001);
+            assert_eq!(table.reserve("c", process()).err(), Some(Error::ContainerExists("c".into())));
+            let first = process();
+            assert_eq!(table.reserve_exec("c", "x", Arc::clone(&first)), Ok(1_000_001));
+            table.born("c", "x", &first, 1_000_002, start());
+            assert!(matches!(table.reserve_exec("c", "x", process()), Err(Error::ProcessExists(..))));
+            table.ended(1_000_002, 0);
+            assert_eq!(table.state("c"), Ok(State::Running), "an exec is not the container");
+            assert_eq!(table.reserve_exec("c", "x", process()), Ok(1_000_001));
+            table.forget("c", "");
+            assert_eq!(table.process("c", "x").err(), Some(Error::NoContainer("c".into())));
+        });
+    }
+
+    #[test]
+    fn a_container_that_is_not_running_takes_no_execs() {
+        run(async {
+            let table = Table::default();
+            let _stop = table.reserve("c", process()).unwrap();
+            let refused = Err(Error::State("c".into(), State::Creating));
+            assert_eq!(table.reserve_exec("c", "x", process()), refused);
+            assert!(matches!(table.advance("c", &[State::Created], State::Starting), Err(Error::State(..))));
+        });
+    }
+
+    #[test]
+    fn the_places_are_counted() {
+        run(async {
+            let table = Table::default();
+            let stops: Vec<_> =
+                (0..CONTAINERS_MAX).map(|n| table.reserve(&n.to_string(), process()).unwrap()).collect();
+            assert_eq!(table.reserve("one-more", process()).err(), Some(Error::Full("containers")));
+            drop(stops);
+        });
+    }
+}

@@ -322,3 +322,94 @@ fn join(kind: LinuxNamespaceType, init: i32) -> LinuxNamespace {
     // Every field of the builder has a default.
     namespace.build().unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn minimal() -> Value {
+        json!({
+            "ociVersion": "1.2.0",
+            "process": {"args": ["true"], "cwd": "/a/../b/./c", "user": {"uid": 0, "gid": 0}, "noNewPrivileges": false},
+            "linux": {"namespaces": [{"type": "mount"}, {"type": "pid"}, {"type": "user"}]}
+        })
+    }
+
+    fn prepare(spec: &Value) -> Result<Spec, Error> {
+        container(spec.to_string().as_bytes(), "/bulkhead/c", Path::new("/run/c/rootfs"))
+    }
+
+    #[test]
+    fn what_is_not_mentioned_is_not_granted() {
+        let spec = prepare(&minimal()).unwrap();
+        let process = spec.process().as_ref().unwrap();
+        let capabilities = process.capabilities().as_ref().unwrap();
+        for set in [capabilities.bounding(), capabilities.effective(), capabilities.permitted()] {
+            assert_eq!(set.as_ref().map(std::collections::HashSet::len), Some(0));
+        }
+        assert_eq!(process.no_new_privileges(), None);
+        assert_eq!(process.cwd(), Path::new("/b/c"));
+        let linux = spec.linux().as_ref().unwrap();
+        assert!(linux.resources().is_some(), "libcontainer loads the device filter with the resources");
+        assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/bulkhead/c")));
+        let root = spec.root().as_ref().unwrap();
+        assert_eq!((root.path().as_path(), root.readonly()), (Path::new("/run/c/rootfs"), Some(false)));
+    }
+
+    #[test]
+    fn an_exec_joins_every_namespace_and_keeps_the_filter() {
+        let mut container = minimal();
+        container["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW"});
+        let process = json!({"args": ["id"], "cwd": "/", "user": {"uid": 5, "gid": 5}}).to_string();
+        let spec = joining(&prepare(&container).unwrap(), process.as_bytes(), 42, "/bulkhead/c/x").unwrap();
+        let linux = spec.linux().as_ref().unwrap();
+        let paths = linux.namespaces().iter().flatten().map(|namespace| namespace.path().clone().unwrap());
+        let expected = ["mnt", "pid", "user"].map(|name| PathBuf::from(format!("/proc/42/ns/{name}")));
+        assert_eq!(paths.collect::<Vec<_>>(), expected);
+        assert!(linux.seccomp().is_some());
+        assert_eq!(spec.process().as_ref().unwrap().user().uid(), 5);
+    }
+
+    #[test]
+    fn equal_memory_and_swap_forbid_swapping() {
+        let mut spec = minimal();
+        spec["linux"]["resources"] = json!({"memory": {"limit": 4096, "swap": 4096}});
+        let spec = prepare(&spec).unwrap();
+        let resources = spec.linux().as_ref().unwrap().resources().as_ref().unwrap();
+        assert_eq!(resources.memory().as_ref().unwrap().swap(), None);
+        // A kernel without swap needs no limit.
+        let expected = Path::new("/proc/swaps").exists().then_some("0");
+        let unified = resources.unified().as_ref();
+        assert_eq!(unified.and_then(|files| files.get("memory.swap.max")).map(String::as_str), expected);
+    }
+
+    #[test]
+    fn home_is_set_unless_it_is() {
+        let home = |env: &[&str]| {
+            let mut process = Process::default();
+            process.set_env(Some(env.iter().map(ToString::to_string).collect()));
+            set_home(&mut process, "/h");
+            process.env().clone().unwrap()
+        };
+        assert_eq!(home(&["A=b"]), ["A=b", "HOME=/h"]);
+        assert_eq!(home(&["HOME=", "A=b"]), ["A=b", "HOME=/h"]);
+        assert_eq!(home(&["HOME=/x", "A=b"]), ["HOME=/x", "A=b"]);
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_prepared_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = container(&bytes, "/bulkhead/c", Path::new("/r"));
+        }
+
+        #[test]
+        fn any_working_directory_becomes_a_clean_one(path in "(/|\\.|\\.\\.|a|b){0,12}") {
+            let cleaned = clean(Path::new(&path));
+            prop_assert!(cleaned.is_absolute());
+            prop_assert!(cleaned.components().all(|part| !matches!(part, Component::ParentDir | Component::CurDir)));
+        }
+    }
+}
