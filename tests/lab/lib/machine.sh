@@ -11,12 +11,14 @@ alive() {
 }
 
 qemu_command() {
-  local image=$1
+  local image=$1 cmdline="console=ttyS0 panic=-1 lab.boot=$boot"
+  # Random addresses are what differs most between two runs of a short program.
+  [[ $boot != bench ]] || cmdline+=" nokaslr norandmaps"
   qemu=(
     qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none -name "bulkhead-lab"
     -machine q35 -cpu EPYC,+svm,+npt -m "${BULKHEAD_LAB_MEMORY:-6G}"
     -kernel "$image/vmlinuz" -initrd "$image/initrd"
-    -append "console=ttyS0 panic=-1 lab.boot=$boot ${BULKHEAD_LAB_CMDLINE:-}"
+    -append "$cmdline ${BULKHEAD_LAB_CMDLINE:-}"
     -serial file:console.log
     -monitor unix:monitor,server=on,wait=off
     -device virtio-rng
