@@ -19,6 +19,7 @@ pub(crate) fn tests() -> Vec<Trial> {
     vec![
         trial("faults: a killed VMM is reported and leaves nothing", vmm_killed),
         trial("faults: a killed launcher takes its VMM along", launcher_killed),
+        trial("signals: a command that a signal ends makes 128 and the signal", killed),
         trial("signals: what the launcher is sent, the command gets", forwarded),
     ]
 }
@@ -80,6 +81,15 @@ fn launcher_killed() -> Result {
     // The next command finds what is left and cleans it up.
     let listed = bulkhead(["ps"]).output()?;
     ensure(!String::from_utf8_lossy(&listed.stdout).contains("sleep 1000"), || format!("{listed:?}"))
+}
+
+fn killed() -> Result {
+    let mut child = spawn(&["--name", "victim"], &["sh", "-c", "echo started; exec sleep 1000"])?;
+    child.stdout.as_mut().ok_or("no standard output")?.read_exact(&mut [0])?;
+    let kill = bulkhead(["kill", "victim"]).output()?;
+    ensure(kill.status.success(), || format!("{kill:?}"))?;
+    let output = child.wait_with_output()?;
+    ensure(output.status.code() == Some(137), || format!("{}", output.status))
 }
 
 fn forwarded() -> Result {
