@@ -57,11 +57,12 @@ fn vmm_killed() -> Result {
     let child = started("beheaded", "echo started; sleep 1000")?;
     signal(only_vmm(child.id())?, Signal::SIGKILL)?;
     let output = child.wait_with_output()?;
-    ensure(output.status.code() == Some(125), || format!("{}", output.status))?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure(output.status.code() == Some(125), || format!("{}: {said}", output.status))?;
     ensure(said.contains("killed"), || said)?;
-    let listed = bulkhead(["ps", "-a"]).output()?;
-    ensure(!String::from_utf8_lossy(&listed.stdout).contains("beheaded"), || format!("{listed:?}"))
+    eventually("the container is gone", || {
+        Ok(!String::from_utf8_lossy(&bulkhead(["ps", "-a"]).output()?.stdout).contains("beheaded"))
+    })
 }
 
 fn launcher_killed() -> Result {
