@@ -114,11 +114,6 @@ impl<'a> DeviceIo<'a> {
         Ok(self.queues[queue].enable_notification(self.memory)?)
     }
 
-    /// Tells the driver that the configuration space has changed.
-    pub fn config_changed(&self) {
-        self.interrupt.raise(regs::INTERRUPT_CONFIG);
-    }
-
     /// Hands every available chain to `handle`, which says how many bytes it wrote to it, and gives the chains back. Stops after as many
     /// chains as the queue has entries and comes back for the rest with the next event, so that a driver that adds chains as
     /// fast as they are taken cannot keep the thread.
