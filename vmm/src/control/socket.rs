@@ -115,8 +115,11 @@ impl ControlSocket {
         if truncated {
             return Err(SocketError::TooLong);
         }
-        let Some((version, body)) = buffer[..length].split_first_chunk() else {
+        if length == 0 {
             return Err(SocketError::Closed);
+        }
+        let Some((version, body)) = buffer[..length].split_first_chunk() else {
+            return Err(postcard::Error::DeserializeUnexpectedEnd.into());
         };
         match u16::from_le_bytes(*version) {
             VERSION => Ok((postcard::from_bytes(body)?, fds)),
@@ -187,6 +190,13 @@ mod tests {
         let (owner, vmm) = ControlSocket::pair().unwrap();
         nix::sys::socket::send(owner.as_raw_fd(), &[9, 9, 0], MsgFlags::empty()).unwrap();
         assert!(matches!(vmm.receive::<FromOwner>(), Err(SocketError::Version(0x909))));
+    }
+
+    #[test]
+    fn a_packet_too_short_for_a_version_is_no_end() {
+        let (owner, vmm) = ControlSocket::pair().unwrap();
+        nix::sys::socket::send(owner.as_raw_fd(), &[1], MsgFlags::empty()).unwrap();
+        assert!(matches!(vmm.receive::<FromOwner>(), Err(SocketError::Malformed(_))));
     }
 
     proptest! {
