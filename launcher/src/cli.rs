@@ -47,19 +47,9 @@ pub(crate) enum Command {
     Supervise(RunArgs),
 }
 
-/// Arguments of `run`.
-#[allow(clippy::struct_excessive_bools, reason = "each is an option of its own on the command line")]
+/// How a command runs, whether as the first of its container or not.
 #[derive(Clone, Debug, Args)]
-#[command(after_help = "\
-The container has a loopback interface and no other network for now. It exits with the code of its command, with 128+n when
-signal n ended it, with 127 when the command was not found, 126 when it cannot be executed, and 125 when Bulkhead failed.")]
-pub(crate) struct RunArgs {
-    /// Leave the container running in the background and print its id
-    #[arg(short, long)]
-    pub(crate) detach: bool,
-    /// Keep nothing of the container when it has ended. In the foreground it then has no log either
-    #[arg(long = "rm")]
-    pub(crate) remove: bool,
+pub(crate) struct ProcessArgs {
     /// Pass standard input on to the command
     #[arg(short, long)]
     pub(crate) interactive: bool,
@@ -75,14 +65,31 @@ pub(crate) struct RunArgs {
     /// Whom to run the command as, by name or number, looked up in the image
     #[arg(short, long, value_name = "USER[:GROUP]")]
     pub(crate) user: Option<String>,
+}
+
+/// Arguments of `run`.
+#[allow(clippy::struct_excessive_bools, reason = "each is an option of its own on the command line")]
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "\
+The container has a loopback interface and no other network for now. It exits with the code of its command, with 128+n when
+signal n ended it, with 127 when the command was not found, 126 when it cannot be executed, and 125 when Bulkhead failed.")]
+pub(crate) struct RunArgs {
+    /// Leave the container running in the background and print its id
+    #[arg(short, long)]
+    pub(crate) detach: bool,
+    /// Keep nothing of the container when it has ended. In the foreground it then has no log either
+    #[arg(long = "rm")]
+    pub(crate) remove: bool,
+    #[command(flatten)]
+    pub(crate) process: ProcessArgs,
     /// Name of the container
     #[arg(long)]
     pub(crate) name: Option<String>,
     /// CPUs of the virtual machine [default: 2, or the configuration's]
     #[arg(long, value_name = "N")]
     pub(crate) cpus: Option<u32>,
-    /// Memory of the virtual machine, such as 512M or 4G; the guest's kernel and agent keep an eighth of it, at most 64 MiB,
-    /// and the container can use the rest [default: 1G, or the configuration's]
+    /// Memory of the virtual machine, such as 512M or 4G; the guest's kernel and agent keep an eighth of it, at least 8 and at
+    /// most 32 MiB, and the container can use the rest [default: 1G, or the configuration's]
     #[arg(long, value_name = "SIZE")]
     pub(crate) memory: Option<Size>,
     /// Most processes and threads that the container may have
@@ -124,21 +131,8 @@ pub(crate) enum TimingsFormat {
 /// Arguments of `exec`.
 #[derive(Debug, Args)]
 pub(crate) struct ExecArgs {
-    /// Pass standard input on to the command
-    #[arg(short, long)]
-    pub(crate) interactive: bool,
-    /// Give the command a terminal
-    #[arg(short, long)]
-    pub(crate) tty: bool,
-    /// Set a variable, or pass on the one of this name
-    #[arg(short, long, value_name = "NAME[=VALUE]")]
-    pub(crate) env: Vec<String>,
-    /// The command's working directory
-    #[arg(short, long, value_name = "DIR")]
-    pub(crate) workdir: Option<String>,
-    /// Whom to run the command as, by name or number, looked up in the image
-    #[arg(short, long, value_name = "USER[:GROUP]")]
-    pub(crate) user: Option<String>,
+    #[command(flatten)]
+    pub(crate) process: ProcessArgs,
     /// Name or id of the container, or the beginning of its id
     pub(crate) container: String,
     /// The command
@@ -203,12 +197,13 @@ pub(crate) struct RmArgs {
 /// What can be done with images.
 #[derive(Debug, Subcommand)]
 pub(crate) enum ImageCommand {
-    /// Import all images of an OCI layout directory, an OCI archive or a file of `docker save`
+    /// Import all images of an OCI layout directory, an OCI archive or a file of `docker save`, or one from a registry
     Import {
         /// Name for the image, instead of what the source calls it
         #[arg(short, long)]
         name: Option<String>,
-        /// The directory or tar file
+        /// The directory or tar file, or docker://REFERENCE for an image in a registry that asks for no password
+        #[arg(value_name = "DIR|FILE|docker://REFERENCE")]
         source: PathBuf,
     },
     /// List images
@@ -257,7 +252,7 @@ mod tests {
         let args = run(&["--rm", "-e", "A=1", "debian", "ls", "--rm", "-l"]);
         assert!(args.remove);
         assert_eq!(args.words, ["debian", "ls", "--rm", "-l"]);
-        assert!(run(&["-it", "debian"]).tty);
+        assert!(run(&["-it", "debian"]).process.tty);
     }
 
     #[test]

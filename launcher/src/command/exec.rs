@@ -19,7 +19,7 @@ use crate::spec::build::exec_process;
 
 /// Runs a command in a container and returns its exit code.
 pub(crate) fn exec(args: &ExecArgs) -> Result<u8, Failure> {
-    if args.tty && args.interactive {
+    if args.process.tty && args.process.interactive {
         terminal::require()?;
     }
     let registry = Registry::open(&Paths::from_environment())?;
@@ -46,12 +46,18 @@ async fn run(args: &ExecArgs, registry: &Registry, container: &Container) -> Res
         [first, rest @ ..] if first == "--" && !rest.is_empty() => rest,
         command => command,
     };
-    let process = exec_process(&record.process, args.tty, command, &args.env, args.workdir.as_deref())?;
+    let process = exec_process(
+        &record.process,
+        args.process.tty,
+        command,
+        &args.process.env,
+        args.process.workdir.as_deref(),
+    )?;
     let (exec_id, _) = name::generate()?;
     let id = ProcessId { container_id: record.id.clone(), exec_id };
     let plan = Plan {
-        terminal: args.tty,
-        input: if args.interactive { Input::Host } else { Input::None },
+        terminal: args.process.tty,
+        input: if args.process.interactive { Input::Host } else { Input::None },
         output: Output { host: true, log: None },
     };
     let request = ExecProcessRequest {
@@ -59,10 +65,10 @@ async fn run(args: &ExecArgs, registry: &Registry, container: &Container) -> Res
         exec_id: id.exec_id.clone(),
         process: serde_json::to_vec(&process)?,
         stdio: Some(plan.stdio()).into(),
-        user: args.user.clone().unwrap_or_else(|| record.user.clone()),
+        user: args.process.user.clone().unwrap_or_else(|| record.user.clone()),
         ..Default::default()
     };
-    let raw = if args.tty && args.interactive { Some(RawTerminal::enter()?) } else { None };
+    let raw = if args.process.tty && args.process.interactive { Some(RawTerminal::enter()?) } else { None };
     agent.exec_process(&request).await.map_err(gone)?;
     let attached = Attached::connect(&socket, &id, &plan).await?;
     let attended = attend(&agent, &id, &attached, &mut signals, raw.is_some()).await?;

@@ -1,5 +1,7 @@
 //! `image`: the images that containers are made from.
 
+use std::path::Path;
+
 use bulkhead_rootfs_builder::oci::Source;
 use bulkhead_rootfs_builder::store::{Image, Phase, Store};
 use bulkhead_sandbox::size::Size;
@@ -18,9 +20,7 @@ const DIGEST_DIGITS: usize = 12;
 pub(crate) fn image(command: &ImageCommand) -> Result<u8, Failure> {
     let store = Store::open(Paths::from_environment().images())?;
     match command {
-        ImageCommand::Import { name, source } => {
-            import(&store, name.as_deref(), &Source::Local(source.clone()))
-        }
+        ImageCommand::Import { name, source } => import(&store, name.as_deref(), &parse_source(source)),
         ImageCommand::Ls { json } => list(&store, *json),
         ImageCommand::Rm { images } => {
             for image in images {
@@ -29,6 +29,14 @@ pub(crate) fn image(command: &ImageCommand) -> Result<u8, Failure> {
             }
             Ok(0)
         }
+    }
+}
+
+/// A source as the user names it: with the prefix that skopeo and podman use for registries, or else a path.
+fn parse_source(source: &Path) -> Source {
+    match source.to_str().and_then(|text| text.strip_prefix("docker://")) {
+        Some(reference) => Source::Registry(reference.to_owned()),
+        None => Source::Local(source.to_owned()),
     }
 }
 
@@ -97,4 +105,16 @@ fn text(images: &[Image]) -> String {
         }
     }
     table(&lines)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_is_a_path_unless_it_names_a_registry() {
+        let registry = Source::Registry("quay.io/org/app:1".into());
+        assert_eq!(parse_source(Path::new("docker://quay.io/org/app:1")), registry);
+        assert_eq!(parse_source(Path::new("docker/app.tar")), Source::Local("docker/app.tar".into()));
+    }
 }

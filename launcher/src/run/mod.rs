@@ -27,7 +27,7 @@ pub(crate) fn run(args: &RunArgs, started: Stamp) -> Result<u8, Failure> {
     if args.detach {
         return detach::detach();
     }
-    if args.tty && args.interactive {
+    if args.process.tty && args.process.interactive {
         terminal::require()?;
     }
     let request = Request::new(args)?;

@@ -95,7 +95,7 @@ impl Request {
             named: args.name.is_some(),
             terminal: record.process.terminal().unwrap_or(false),
             record,
-            interactive: args.interactive,
+            interactive: args.process.interactive,
             timings: args.timings,
         })
     }
@@ -128,7 +128,7 @@ fn from_image(args: &RunArgs, paths: &Paths, record: &mut Record) -> Result<(Roo
     check_hostname(hostname)?;
     record.command = defaults.command(words)?;
     record.stop_signal = defaults.stop_signal()?;
-    record.user = args.user.clone().unwrap_or_else(|| defaults.user.clone());
+    record.user = args.process.user.clone().unwrap_or_else(|| defaults.user.clone());
     record.process = process(args, &defaults, &record.command, hostname)?;
     let spec = spec(args, record.process.clone(), hostname)?;
     Ok((root, serde_json::to_vec(&spec)?))
@@ -141,7 +141,7 @@ fn from_bundle(args: &RunArgs, directory: &Path, record: &mut Record) -> Result<
     let bundle = Bundle::read(directory)?;
     record.image = directory.display().to_string();
     record.process = bundle.spec.process().clone().unwrap_or_default();
-    if args.tty != record.process.terminal().unwrap_or(false) {
+    if args.process.tty != record.process.terminal().unwrap_or(false) {
         return Err(Failure::new("-t must agree with process.terminal of the bundle's config.json"));
     }
     record.command = record.process.args().clone().unwrap_or_default();

@@ -91,17 +91,17 @@ pub(crate) fn process(
     hostname: &str,
 ) -> Result<Process, Failure> {
     let mut env = vec![DEFAULT_PATH.to_owned(), format!("HOSTNAME={hostname}")];
-    if args.tty {
+    if args.process.tty {
         env.push("TERM=xterm".into());
     }
     set_variables(&mut env, image.env.iter().cloned());
-    set_variables(&mut env, given_variables(&args.env)?);
-    let workdir = args.workdir.as_deref().or(image.workdir.as_deref()).unwrap_or("/");
+    set_variables(&mut env, given_variables(&args.process.env)?);
+    let workdir = args.process.workdir.as_deref().or(image.workdir.as_deref()).unwrap_or("/");
     let limit: PosixRlimit = serde_json::from_value(serde_json::json!({
         "type": "RLIMIT_NOFILE", "hard": 1_048_576_u64, "soft": 1024
     }))?;
     let process = ProcessBuilder::default()
-        .terminal(args.tty)
+        .terminal(args.process.tty)
         .args(command)
         .env(env)
         .cwd(absolute(workdir)?)
