@@ -229,7 +229,7 @@ impl Store {
     pub fn resolve(&self, reference: &str) -> Result<Image, Error> {
         let _lock = self.lock(FlockOperation::LockShared)?;
         let index = self.index()?;
-        let digest = Reference::parse(reference)?.find(&index)?;
+        let digest = Reference::new(reference).find(&index)?;
         self.image(&index, &digest)
     }
 
@@ -249,15 +249,16 @@ impl Store {
     /// # Errors
     /// If there is no such image, or the store cannot be changed.
     pub fn remove(&self, reference: &str) -> Result<Removed, Error> {
-        let parsed = Reference::parse(reference)?;
+        let parsed = Reference::new(reference);
         let _lock = self.lock(FlockOperation::LockExclusive)?;
         let mut index = self.index()?;
         let digest = parsed.find(&index)?;
         let record = index.images.get_mut(&digest).expect("it was found");
         let mut removed = Removed::default();
-        match parsed.name().filter(|name| record.names.remove(*name)) {
-            Some(name) => removed.names.push(name.into()),
-            None => removed.names.extend(std::mem::take(&mut record.names)),
+        if record.names.remove(parsed.name()) {
+            removed.names.push(parsed.name().into());
+        } else {
+            removed.names.extend(std::mem::take(&mut record.names));
         }
         if record.names.is_empty() {
             index.images.remove(&digest);
