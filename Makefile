@@ -12,11 +12,15 @@ guest     := $(target)/x86_64-unknown-linux-gnu/guest
 artifacts := $(target)/artifacts
 stage     := $(target)/stage
 
-.PHONY: help demo test soak bench lab install build setup kernel binaries guest-image stage clean
-.NOTPARALLEL:
+.PHONY: help demo test soak bench lab install build setup kernel binaries agent guest-image tests images lab-image stage clean
+
+# A compiler, a download and a package installation keep different parts of the machine busy, so they run side by side. Cargo and
+# the kernel's make count the CPUs themselves: they are not to hear of this make's jobs.
+MAKEFLAGS += --jobs=3
+unexport MAKEFLAGS MFLAGS
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# //p' Makefile | head -n 3
 
 setup:
 	@tests/setup
@@ -24,29 +28,41 @@ setup:
 kernel: setup
 	@guest-kernel/build
 
-binaries: setup
+binaries:
 	cargo build --release --locked -p bulkhead -p bulkhead-vmm -p bulkhead-rootfs-builder
+
+agent: setup
 	cargo build --profile guest --locked -p bulkhead-agent
 
-guest-image: binaries
+guest-image: binaries agent
 	@mkdir -p $(artifacts)
 	$(binaries)/bulkhead-guest-image --agent $(guest)/bulkhead-agent --output $(artifacts)/guest.erofs
 
 build: kernel guest-image
 
 install: build
-	install -D -m 755 $(binaries)/bulkhead $(DESTDIR)$(PREFIX)/bin/bulkhead
-	install -D -m 755 $(binaries)/bulkhead-vmm $(DESTDIR)$(PREFIX)/libexec/bulkhead/bulkhead-vmm
-	install -D -m 644 $(artifacts)/vmlinux $(DESTDIR)$(PREFIX)/share/bulkhead/vmlinux
-	install -D -m 644 $(artifacts)/guest.erofs $(DESTDIR)$(PREFIX)/share/bulkhead/guest.erofs
-	test -e $(DESTDIR)$(SYSCONFDIR)/bulkhead/config.toml || \
+	@install -D -m 755 $(binaries)/bulkhead $(DESTDIR)$(PREFIX)/bin/bulkhead
+	@install -D -m 755 $(binaries)/bulkhead-vmm $(DESTDIR)$(PREFIX)/libexec/bulkhead/bulkhead-vmm
+	@install -D -m 644 $(artifacts)/vmlinux $(DESTDIR)$(PREFIX)/share/bulkhead/vmlinux
+	@install -D -m 644 $(artifacts)/guest.erofs $(DESTDIR)$(PREFIX)/share/bulkhead/guest.erofs
+	@test -e $(DESTDIR)$(SYSCONFDIR)/bulkhead/config.toml || \
 	  install -D -m 644 sandbox/config.toml $(DESTDIR)$(SYSCONFDIR)/bulkhead/config.toml
 
+tests: binaries
+	cargo build --release --locked -p bulkhead-tests
+
+images: setup
+	@tests/images/build-busybox >/dev/null
+	@tests/images/build-debian >/dev/null
+
+# Without virtualization in the CPU, KVM is not to be had here, and the lab's disk can be made early. Otherwise it is made when needed.
+lab-image: setup images
+	@grep -qwE 'vmx|svm' /proc/cpuinfo || tests/lab/lab build
+
 # What the lab gets: an installation, the suite and its images.
-stage: build
+stage: build tests images lab-image
 	@rm -rf $(stage)
 	@$(MAKE) --no-print-directory install DESTDIR=$(stage) PREFIX=/usr/local >$(target)/install.log
-	cargo build --release --locked -p bulkhead-tests
 	@install -D -t $(stage)/usr/local/libexec/bulkhead-tests $(binaries)/lab-suite $(binaries)/lab-bench tests/demo-show
 	@mkdir -p $(stage)/usr/local/share/bulkhead-tests
 	@for image in busybox debian; do \
