@@ -11,10 +11,12 @@
 //! - [`memory`], [`arch`]: guest memory, and what is peculiar to x86_64
 //! - [`virtio`], [`devices`]: the transport and what is plugged into it
 //! - [`jail`]: giving up every privilege
+//! - [`complaint`]: messages on standard error
 //! - [`probe`]: whether this host can run guests
 
 pub mod arch;
 pub mod board;
+pub mod complaint;
 pub mod console_ring;
 pub mod control;
 pub mod devices;
