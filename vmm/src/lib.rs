@@ -20,6 +20,8 @@ pub mod complaint;
 pub mod console_ring;
 pub mod control;
 pub mod devices;
+#[cfg(test)]
+mod hostile;
 pub mod jail;
 pub mod machine;
 pub mod memory;
