@@ -7,6 +7,9 @@ use std::process::ExitStatus;
 use bulkhead_protocol::status;
 use bulkhead_vmm::control::message::Exit;
 
+/// What a violated seccomp filter kills with, on x86 and ARM.
+const SIGSYS: i32 = 31;
+
 /// How a machine came to its end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum End {
@@ -20,8 +23,13 @@ pub enum End {
     TripleFault,
     /// KVM could not go on.
     Kvm(String),
-    /// The VMM was killed by this signal.
-    VmmKilled(i32),
+    /// The VMM was killed.
+    VmmKilled {
+        /// The signal that did it.
+        signal: i32,
+        /// What it had written to its standard error, fit for a terminal: a panic's message, say.
+        message: String,
+    },
     /// The VMM ended without saying why.
     VmmEnded {
         /// Its exit code, if it is known.
@@ -52,7 +60,7 @@ impl Evidence {
             (None, _) => {
                 let (status, message) = vmm;
                 match status.and_then(|status| status.signal()) {
-                    Some(signal) => End::VmmKilled(signal),
+                    Some(signal) => End::VmmKilled { signal, message },
                     None => End::VmmEnded { code: status.and_then(|status| status.code()), message },
                 }
             }
@@ -68,7 +76,16 @@ impl fmt::Display for End {
             Self::Panic => f.write_str("the guest's kernel panicked"),
             Self::TripleFault => f.write_str("the guest's kernel lost control (triple fault)"),
             Self::Kvm(text) => write!(f, "KVM could not run the guest any further: {text}"),
-            Self::VmmKilled(signal) => write!(f, "the VMM was killed by signal {signal}"),
+            Self::VmmKilled { signal: SIGSYS, .. } => f.write_str(
+                "the VMM was killed because it made a system call that it has no use for (SIGSYS): either Bulkhead has a bug, or \
+                 the guest has taken the VMM over; the kernel's log names the call (type=1326)",
+            ),
+            Self::VmmKilled { signal, message } if message.is_empty() => {
+                write!(f, "the VMM was killed by signal {signal}")
+            }
+            Self::VmmKilled { signal, message } => {
+                write!(f, "the VMM was killed by signal {signal}: {message}")
+            }
             Self::VmmEnded { code: Some(code), message } if message.is_empty() => {
                 write!(f, "the VMM ended with code {code}")
             }
@@ -98,7 +115,14 @@ mod tests {
 
     #[test]
     fn a_vmm_that_says_nothing_is_judged_by_its_death() {
-        assert_eq!(conclude(None, Some(status::READY)), End::VmmKilled(9));
+        let killed = conclude(None, Some(status::READY));
+        assert_eq!(killed, End::VmmKilled { signal: 9, message: String::new() });
+        assert_eq!(killed.to_string(), "the VMM was killed by signal 9");
+        let panicked = (Some(ExitStatus::from_raw(11)), "thread 'devices' panicked".to_owned());
+        let panicked = Evidence::default().conclude(panicked);
+        assert_eq!(panicked.to_string(), "the VMM was killed by signal 11: thread 'devices' panicked");
+        let confined = Evidence::default().conclude((Some(ExitStatus::from_raw(31)), String::new()));
+        assert!(confined.to_string().contains("SIGSYS"), "{confined}");
         let ended = Evidence::default().conclude((Some(ExitStatus::from_raw(1 << 8)), "no /dev/kvm".into()));
         assert_eq!(ended.to_string(), "the VMM ended: no /dev/kvm");
         assert_eq!(Evidence::default().conclude((None, String::new())).to_string(), "the VMM ended");

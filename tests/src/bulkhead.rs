@@ -30,11 +30,17 @@ pub fn run_directory() -> PathBuf {
     root().join("run")
 }
 
+/// Where `bulkhead` keeps what survives a reboot.
+#[must_use]
+pub fn data_directory() -> PathBuf {
+    root().join("lib")
+}
+
 /// `bulkhead` with these arguments.
 pub fn bulkhead<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Command {
     let mut command = Command::new(artifact("bin/bulkhead"));
     command.args(arguments).stdin(Stdio::null());
-    command.env("BULKHEAD_ROOT", root().join("lib")).env("BULKHEAD_RUN", run_directory());
+    command.env("BULKHEAD_ROOT", data_directory()).env("BULKHEAD_RUN", run_directory());
     command
 }
 

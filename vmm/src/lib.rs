@@ -10,18 +10,23 @@
 //! - [`snapshot`]: a machine in a file
 //! - [`memory`], [`arch`]: guest memory, and what is peculiar to x86_64
 //! - [`virtio`], [`devices`]: the transport and what is plugged into it
-//! - [`jail`]: giving up every privilege
+//! - [`jail`], [`seccomp`]: giving up every privilege, and all but a few system calls
+//! - [`complaint`]: messages on standard error
 //! - [`probe`]: whether this host can run guests
 
 pub mod arch;
 pub mod board;
+pub mod complaint;
 pub mod console_ring;
 pub mod control;
 pub mod devices;
+#[cfg(test)]
+mod hostile;
 pub mod jail;
 pub mod machine;
 pub mod memory;
 pub mod probe;
+pub mod seccomp;
 pub mod server;
 pub mod snapshot;
 pub mod vcpu;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use bulkhead_vmm::control::socket::ControlSocket;
 use bulkhead_vmm::jail::{Jail, no_new_privileges};
+use bulkhead_vmm::seccomp::lock_down;
 use bulkhead_vmm::server::{chain, now_ns, serve};
 
 const USAGE: &str =
@@ -43,6 +44,7 @@ fn run(control: RawFd, jail: Option<&Jail>, started_ns: u64) -> Result<(), Box<d
         Some(jail) => jail.enter()?,
         None => no_new_privileges()?,
     }
+    lock_down()?;
     // SAFETY: the owner has left this descriptor open for us, and nothing else here knows its number.
     let control = unsafe { OwnedFd::from_raw_fd(control) };
     Ok(serve(ControlSocket::from(control), started_ns)?)

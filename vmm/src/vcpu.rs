@@ -11,6 +11,7 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 use crate::arch::state::{StateError, VcpuState};
 use crate::board::Board;
 use crate::control::message::Exit;
+use crate::seccomp::{self, Thread};
 
 /// What a vCPU's thread can be told.
 enum Command {
@@ -70,6 +71,7 @@ impl Vcpu {
         let thread = Builder::new()
             .name(format!("vcpu{id}"))
             .spawn(move || {
+                seccomp::confine(Thread::Vcpu);
                 let reason = Runner { fd, board: Arc::clone(&board) }.obey(&receiver);
                 board.end(reason);
             })

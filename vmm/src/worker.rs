@@ -7,6 +7,7 @@ use std::sync::Arc;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::board::Board;
+use crate::seccomp::{self, Thread};
 use crate::virtio::slot::Plugged;
 
 /// Stands for the device's host side where a queue's number would be.
@@ -27,7 +28,10 @@ impl Worker {
     pub fn start(board: Arc<Board>) -> io::Result<Self> {
         let epoll = Arc::new(Epoll::new()?);
         let theirs = Arc::clone(&epoll);
-        std::thread::Builder::new().name("devices".to_owned()).spawn(move || work(&theirs, &board))?;
+        std::thread::Builder::new().name("devices".to_owned()).spawn(move || {
+            seccomp::confine(Thread::Devices);
+            work(&theirs, &board);
+        })?;
         Ok(Self { epoll })
     }
 

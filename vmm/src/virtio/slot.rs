@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::device::{DeviceError, VirtioDevice};
 use super::io::{DeviceIo, Interrupt};
 use super::registers::SlotRegisters;
+use crate::complaint::complain;
 use crate::devices::DeviceState;
 use crate::memory::Memory;
 
@@ -301,7 +302,7 @@ impl Slot {
         let queues = if live { &mut plugged.queues[..] } else { &mut [] };
         let mut io = DeviceIo::new(&self.memory, queues, &plugged.kicks, &self.interrupt);
         if let Err(error) = work(plugged.device.as_mut(), &mut io) {
-            eprintln!("bulkhead-vmm: slot {}: {error}; the device needs a reset", self.number);
+            complain(format_args!("slot {}: {error}; the device needs a reset", self.number));
             self.needs_reset(plugged);
         }
     }

@@ -10,6 +10,7 @@ use vm_memory::{GuestMemory, Permissions, VolatileSlice};
 
 use super::disk::{Disk, take_front};
 use super::{SECTOR, SEG_MAX, SERIAL_LEN};
+use crate::complaint::complain;
 use crate::memory::Memory;
 use crate::virtio::device::DeviceError;
 use crate::virtio::io::Chain;
@@ -91,7 +92,7 @@ fn execute(
     to_driver: &[VolatileSlice<'_>],
 ) -> Result<u64, u32> {
     let io_error = |error: std::io::Error| {
-        eprintln!("bulkhead-vmm: disk: {error}");
+        complain(format_args!("disk: {error}"));
         VIRTIO_BLK_S_IOERR
     };
     match header.kind {
