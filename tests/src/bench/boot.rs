@@ -2,55 +2,60 @@
 
 use std::time::{Duration, Instant};
 
-use bulkhead_tests::vm::{Plan, Result, Vm, proc_file};
+use bulkhead_tests::vm::{CMDLINE, Plan, Result, Vm};
 use bulkhead_vmm::control::message::Reply;
 use bulkhead_vmm::server::now_ns;
 
-use crate::Row;
+use crate::memory::beyond_guest;
+use crate::microvm::Microvm;
+use crate::repeat::repeat;
+use crate::report::{Bar, Row};
 
-const RUNS: usize = 5;
+/// The command line that both machines boot with, as quiet as the launcher's.
+pub(crate) const QUIET: [&str; 2] = [CMDLINE, "quiet loglevel=4"];
+
+const PARTS: [&str; 4] = ["process", "jail and request", "KVM, devices, kernel loaded", "kernel and agent"];
+
+struct Boot {
+    total: Duration,
+    parts: [Duration; 4],
+    memory: u64,
+}
 
 pub(crate) fn measure() -> Result<Vec<Row>> {
-    let plan =
-        Plan { cmdline: format!("{} quiet loglevel=0", bulkhead_tests::vm::CMDLINE), ..Plan::default() };
-    let mut totals = Vec::new();
-    let mut parts: [Vec<Duration>; 4] = Default::default();
-    let mut memory = 0.0;
-    for _ in 0..RUNS {
-        let spawned = now_ns();
-        let start = Instant::now();
-        let mut vm = Vm::boot(&plan)?;
-        vm.wait_ready()?;
-        totals.push(start.elapsed());
-        let ready = now_ns();
-        if let Reply::Running { started_ns, configured_ns, entered_ns } = vm.running() {
-            let stamps = [spawned, started_ns, configured_ns, entered_ns, ready];
-            for (part, pair) in parts.iter_mut().zip(stamps.windows(2)) {
-                part.push(Duration::from_nanos(pair[1] - pair[0]));
-            }
-        }
-        memory = overhead_kib(&vm, plan.memory_mib)?;
-    }
-    let mut rows =
-        vec![Row::ms("VMM spawn to agent ready (1 vCPU, 256 MiB, 4 devices and a console)", totals)];
-    let names = ["  process", "  jail and request", "  KVM, devices, kernel loaded", "  kernel and agent"];
-    rows.extend(names.iter().zip(parts).map(|(name, part)| Row::ms(name, part)));
-    rows.push(Row::new("VMM memory beyond the guest's", memory / 1024.0, "MiB"));
+    let plan = Plan { cmdline: QUIET.join(" "), ..Plan::default() };
+    let own = repeat(|| boot(&plan))?;
+    let peer = repeat(|| Microvm::boot(&plan))?;
+    let all = |part: &dyn Fn(&Boot) -> Duration| own.iter().map(part).collect::<Vec<_>>();
+    let peer_times: Vec<Duration> = peer.iter().map(|peer| peer.ready).collect();
+    let peer_memory: Vec<u64> = peer.iter().map(|peer| peer.memory).collect();
+    let mut rows = vec![
+        Row::ms("VMM spawn to agent ready, 1 vCPU, 256 MiB", &all(&|boot| boot.total))
+            .beside("QEMU microvm", &peer_times)
+            .bar(Bar::AtMost(100.0)),
+    ];
+    rows.extend(
+        PARTS.iter().enumerate().map(|(i, part)| Row::ms(format!("  {part}"), &all(&|boot| boot.parts[i]))),
+    );
+    let memory: Vec<u64> = own.iter().map(|boot| boot.memory).collect();
+    rows.push(
+        Row::mib("VMM memory beyond the guest's", &memory)
+            .beside_mib("QEMU microvm", &peer_memory)
+            .bar(Bar::AtMost(5.0)),
+    );
     Ok(rows)
 }
 
-/// Resident memory of the VMM but for the guest's, in KiB.
-fn overhead_kib(vm: &Vm, memory_mib: u32) -> Result<f64> {
-    let smaps = proc_file(vm.pid(), "smaps")?;
-    let guest = format!("Size: {} kB", memory_mib * 1024);
-    let (mut sum, mut skip) = (0.0, false);
-    for line in smaps.lines() {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        match words.as_slice() {
-            ["Size:", ..] => skip = words.join(" ") == guest,
-            ["Rss:", size, _] if !skip => sum += size.parse::<f64>()?,
-            _ => {}
-        }
-    }
-    Ok(sum)
+fn boot(plan: &Plan) -> Result<Boot> {
+    let spawned = now_ns();
+    let start = Instant::now();
+    let mut vm = Vm::boot(plan)?;
+    vm.wait_ready()?;
+    let (total, ready) = (start.elapsed(), now_ns());
+    let Reply::Running { started_ns, configured_ns, entered_ns } = vm.running() else {
+        return Err("the VMM did not say when it started the machine".into());
+    };
+    let stamps = [spawned, started_ns, configured_ns, entered_ns, ready];
+    let parts = std::array::from_fn(|i| Duration::from_nanos(stamps[i + 1] - stamps[i]));
+    Ok(Boot { total, parts, memory: beyond_guest(vm.pid(), plan.memory_mib)? })
 }

@@ -1,35 +1,59 @@
 //! The benchmarks: each row of the table that can be measured, with its peers in the same run. They mean something in the lab's
-//! benchmark boot, where a nanosecond is an instruction; elsewhere they are noise.
+//! benchmark boot, where a nanosecond is an instruction; elsewhere they are noise. The table goes to standard error, the JSON to
+//! standard output.
 
 mod boot;
+mod crun;
+mod density;
+mod environment;
+mod exec;
+mod image;
+mod memory;
+mod microvm;
+mod read;
+mod repeat;
+mod report;
+mod run;
+mod size;
 
-use std::time::Duration;
+use std::path::Path;
 
+use bulkhead_tests::bulkhead;
 use bulkhead_tests::vm::Result;
 
-/// One measured row.
-pub(crate) struct Row {
-    what: String,
-    value: f64,
-    unit: &'static str,
-}
-
-impl Row {
-    pub(crate) fn ms(what: &str, mut samples: Vec<Duration>) -> Self {
-        samples.sort_unstable();
-        let median = samples[samples.len() / 2];
-        Self { what: what.to_owned(), value: median.as_secs_f64() * 1e3, unit: "ms" }
-    }
-
-    pub(crate) fn new(what: &str, value: f64, unit: &'static str) -> Self {
-        Self { what: what.to_owned(), value, unit }
-    }
-}
+use crun::Bundle;
+use report::Row;
 
 fn main() -> Result {
-    let mut rows = boot::measure()?;
-    for Row { what, value, unit } in &mut rows {
-        println!("{what:<70} {value:>10.3} {unit}");
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let [verb, path] = arguments.as_slice()
+        && verb == read::VERB
+    {
+        return read::read_twice(Path::new(path));
     }
+    let measured = measure();
+    bulkhead::clean_up();
+    measured
+}
+
+/// Measures everything and says it, the rows as they come.
+fn measure() -> Result {
+    let mut rows = Vec::new();
+    let mut say = |measured: Vec<Row>| {
+        eprint!("{}", report::lines(&measured));
+        rows.extend(measured);
+    };
+    eprint!("{}", report::head());
+    say(size::measure()?);
+    say(boot::measure()?);
+    bulkhead::image("busybox")?;
+    say(density::measure()?);
+    let directory = tempfile::tempdir()?;
+    let bundle = Bundle::new(&image::make(directory.path())?)?;
+    say(run::measure(&bundle)?);
+    say(exec::measure(&bundle)?);
+    say(read::measure(&bundle)?);
+    eprint!("{}", report::verdict(&rows));
+    println!("{:#}", report::document(&environment::describe()?, &rows));
     Ok(())
 }

@@ -1,0 +1,57 @@
+//! Reading a large file of an image, beside crun's container reading it from tmpfs.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use bulkhead_tests::bulkhead::bulkhead;
+use bulkhead_tests::vm::Result;
+
+use crate::crun::Bundle;
+use crate::image::{DATA, HELPER, NAME};
+use crate::repeat::{repeat, stdout_of};
+use crate::report::{Bar, Row};
+
+/// The first argument that makes this program the one that reads in the containers.
+pub(crate) const VERB: &str = "read";
+
+/// As much as `cat` reads at once.
+const BUFFER: usize = 128 << 10;
+
+pub(crate) fn measure(bundle: &Bundle) -> Result<Vec<Row>> {
+    let program = [HELPER, VERB, DATA];
+    let crun = repeat(|| read_times(&mut bundle.run(&[], &program)?))?;
+    let words = [&["run", "--rm", NAME, "--"], &program[..]].concat();
+    let own = repeat(|| read_times(&mut bulkhead(&words)))?;
+    let pick = |runs: &[[Duration; 2]], which: usize| runs.iter().map(|run| run[which]).collect::<Vec<_>>();
+    let row = |name, which, times| {
+        Row::ms(name, &pick(&own, which)).beside("crun", &pick(&crun, which)).bar(Bar::TimesPeer(times))
+    };
+    Ok(vec![
+        row("read 256 MiB of an image, guest's cache cold", 0, 2.0),
+        row("read 256 MiB of an image, guest's cache warm", 1, 1.05),
+    ])
+}
+
+/// What the reader in a container says.
+fn read_times(command: &mut Command) -> Result<[Duration; 2]> {
+    let text = stdout_of(command)?;
+    let times =
+        text.lines().map(|line| Ok(Duration::from_nanos(line.parse()?))).collect::<Result<Vec<_>>>()?;
+    times.try_into().map_err(|_| format!("two times expected, not {text:?}").into())
+}
+
+/// In a container: reads the file twice and prints how many nanoseconds each time took.
+pub(crate) fn read_twice(path: &Path) -> Result {
+    // Not zero, so that its pages are there before the clock runs.
+    let mut buffer = vec![1; BUFFER];
+    for _ in 0..2 {
+        let start = Instant::now();
+        let mut file = File::open(path)?;
+        while file.read(&mut buffer)? > 0 {}
+        println!("{}", start.elapsed().as_nanos());
+    }
+    Ok(())
+}
