@@ -7,7 +7,7 @@ use std::time::Duration;
 use bulkhead_tests::bulkhead::bulkhead;
 use bulkhead_tests::vm::Result;
 
-use crate::repeat::timed;
+use crate::repeat::{attempt, timed};
 use crate::report::{Bar, Row};
 
 /// The first ones pay for what all share.
@@ -30,7 +30,8 @@ pub(crate) fn measure() -> Result<Vec<Row>> {
 fn start(numbers: Range<u64>) -> Result {
     for number in numbers {
         let name = name(number);
-        timed(&mut bulkhead(["run", "--detach", "--name", &name, "busybox:1", "--", "sleep", "1000000"]))?;
+        let words = ["run", "--detach", "--name", &name, "busybox:1", "--", "sleep", "1000000"];
+        attempt(|| timed(&mut bulkhead(words)))?;
     }
     sleep(SETTLE);
     Ok(())

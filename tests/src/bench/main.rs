@@ -15,6 +15,7 @@ mod repeat;
 mod report;
 mod run;
 mod size;
+mod watchdog;
 
 use std::path::Path;
 

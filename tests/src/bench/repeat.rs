@@ -5,13 +5,29 @@ use std::time::{Duration, Instant};
 
 use bulkhead_tests::vm::{Result, ensure};
 
+use crate::watchdog::watched;
+
 /// How often everything is measured.
 pub(crate) const RUNS: usize = 5;
+/// How often a machine may hang before that is an error.
+const ATTEMPTS: usize = 4;
 
 /// Measures [`RUNS`] times, after one that fills the caches and does not count.
 pub(crate) fn repeat<T>(mut once: impl FnMut() -> Result<T>) -> Result<Vec<T>> {
-    once()?;
-    (0..RUNS).map(|_| once()).collect()
+    attempt(&mut once)?;
+    (0..RUNS).map(|_| attempt(&mut once)).collect()
+}
+
+/// Does something that starts a machine, again if the machine hangs, and says so.
+pub(crate) fn attempt<T>(mut once: impl FnMut() -> Result<T>) -> Result<T> {
+    for _ in 1..ATTEMPTS {
+        let (result, hung) = watched(&mut once);
+        match result {
+            Err(error) if hung => eprintln!("once more, because the guest hung: {error}"),
+            result => return result,
+        }
+    }
+    watched(&mut once).0
 }
 
 /// Runs a command, which must succeed, and tells how long it took.
