@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::thread::sleep;
 use std::time::Duration;
 
-use bulkhead_tests::bulkhead::bulkhead;
+use bulkhead_tests::bulkhead::{bulkhead, image};
 use bulkhead_tests::vm::Result;
 
 use crate::repeat::{attempt, timed};
@@ -17,6 +17,7 @@ const FURTHER: Range<u64> = 10..20;
 const SETTLE: Duration = Duration::from_secs(10);
 
 pub(crate) fn measure() -> Result<Vec<Row>> {
+    image("busybox")?;
     start(FIRST)?;
     let before = available()?;
     start(FURTHER)?;

@@ -1,5 +1,7 @@
 //! `bulkhead exec` in a running container, beside `crun exec`.
 
+use std::process::Stdio;
+
 use bulkhead_tests::bulkhead::bulkhead;
 use bulkhead_tests::vm::Result;
 
@@ -11,7 +13,8 @@ const NAME: &str = "bench-exec";
 const SLEEP: [&str; 2] = ["sleep", "1000000"];
 
 pub(crate) fn measure(bundle: &Bundle) -> Result<Vec<Row>> {
-    timed(&mut bundle.run(&["--detach"], &SLEEP)?)?;
+    // The container keeps what it gets for standard output and error.
+    timed(bundle.run(&["--detach"], &SLEEP)?.stdout(Stdio::null()).stderr(Stdio::null()))?;
     let crun = repeat(|| Ok(timed(&mut crun::exec(&["true"]))?.0));
     crun::delete()?;
     let run = [&["run", "--detach", "--name", NAME, "busybox:1", "--"], &SLEEP[..]].concat();

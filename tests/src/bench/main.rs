@@ -17,6 +17,7 @@ mod run;
 mod size;
 mod watchdog;
 
+use std::cell::OnceCell;
 use std::path::Path;
 
 use bulkhead_tests::bulkhead;
@@ -32,28 +33,38 @@ fn main() -> Result {
     {
         return read::read_twice(Path::new(path));
     }
-    let measured = measure();
+    let measured = measure(&arguments);
     bulkhead::clean_up();
     measured
 }
 
-/// Measures everything and says it, the rows as they come.
-fn measure() -> Result {
+/// Measures what is named, or everything, and says the rows as they come.
+fn measure(subjects: &[String]) -> Result {
     let mut rows = Vec::new();
-    let mut say = |measured: Vec<Row>| {
-        eprint!("{}", report::lines(&measured));
-        rows.extend(measured);
+    let directory = tempfile::tempdir()?;
+    let bundle = OnceCell::new();
+    let bundle = || -> Result<&Bundle> {
+        if bundle.get().is_none() {
+            bulkhead::image("busybox")?;
+            let _ = bundle.set(Bundle::new(&image::make(directory.path())?)?);
+        }
+        Ok(bundle.get().expect("it was set"))
+    };
+    let mut say = |subject: &str, measure: &dyn Fn() -> Result<Vec<Row>>| -> Result {
+        if subjects.is_empty() || subjects.iter().any(|named| named == subject) {
+            let measured = measure()?;
+            eprint!("{}", report::lines(&measured));
+            rows.extend(measured);
+        }
+        Ok(())
     };
     eprint!("{}", report::head());
-    say(size::measure()?);
-    say(boot::measure()?);
-    bulkhead::image("busybox")?;
-    say(density::measure()?);
-    let directory = tempfile::tempdir()?;
-    let bundle = Bundle::new(&image::make(directory.path())?)?;
-    say(run::measure(&bundle)?);
-    say(exec::measure(&bundle)?);
-    say(read::measure(&bundle)?);
+    say("size", &size::measure)?;
+    say("boot", &boot::measure)?;
+    say("density", &density::measure)?;
+    say("run", &|| run::measure(bundle()?))?;
+    say("exec", &|| exec::measure(bundle()?))?;
+    say("read", &|| read::measure(bundle()?))?;
     eprint!("{}", report::verdict(&rows));
     println!("{:#}", report::document(&environment::describe()?, &rows));
     Ok(())
