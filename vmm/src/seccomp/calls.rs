@@ -86,6 +86,8 @@ pub(super) const EVERY: &[Call] = &[
         &[bits(libc::FUTEX_WAIT), bits(libc::FUTEX_WAKE), bits(libc::FUTEX_WAIT_BITSET)],
     ),
     any(SYS_sched_yield),
+    // Where the host's clock cannot be read without a call.
+    any(SYS_clock_gettime),
     any(SYS_restart_syscall),
     any(SYS_sendmsg),
     // A driver's reset, which is a vCPU's doing, ends the vsock device's connections.
@@ -130,7 +132,6 @@ pub(super) const CONTROL: &[Call] = &[
     any(SYS_epoll_create1),
     only(SYS_fcntl, 1, &[bits(libc::F_GETFL), bits(libc::F_SETFL)]),
     any(SYS_getrandom),
-    any(SYS_clock_gettime),
     // Kernels, disks and saved machines. A name would lead nowhere: the root is empty.
     any(SYS_statx),
     any(SYS_lseek),
