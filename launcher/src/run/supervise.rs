@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bulkhead_sandbox::agent::messages::CreateContainerRequest;
 use bulkhead_sandbox::agent::{Agent, AgentError, Code, ProcessId};
-use bulkhead_sandbox::sandbox::{Sandbox, SandboxConfig, console_text};
+use bulkhead_sandbox::sandbox::{DEATH_TIMEOUT, Sandbox, SandboxConfig, console_text};
 use bulkhead_sandbox::size::Size;
 use bulkhead_sandbox::storage::Storage;
 use bulkhead_sandbox::timing::Stamp;
@@ -28,8 +28,9 @@ use crate::process::signals::Signals;
 use crate::process::terminal::RawTerminal;
 use crate::progress;
 
-/// How long a machine whose agent has fallen silent may take to be known as ended.
-const END_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a machine whose agent is gone may take to be known as ended: longer than its VMM may take to be, so that its end is
+/// told, and not only that the agent is gone.
+const END_TIMEOUT: Duration = DEATH_TIMEOUT.saturating_add(Duration::from_secs(5));
 
 /// Where a container's life takes place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
