@@ -203,7 +203,7 @@ async fn create(
 /// Why a call to the agent failed, as an exit code and in words: the machine's end explains an agent that is gone.
 async fn explain(sandbox: &Sandbox, error: AgentError) -> Failure {
     if let Some(code) = error.code() {
-        return refusal(code, &error);
+        return refusal(code, &error, "the container cannot be started");
     }
     match timeout(END_TIMEOUT, sandbox.ended()).await {
         Ok(end) => Failure::new(format!("{end}{}", console_text(&sandbox.console_tail()))),
@@ -212,11 +212,11 @@ async fn explain(sandbox: &Sandbox, error: AgentError) -> Failure {
 }
 
 /// What a refusal to start a process means to the user.
-pub(crate) fn refusal(code: Code, error: &AgentError) -> Failure {
+pub(crate) fn refusal(code: Code, error: &AgentError, what: &str) -> Failure {
     match code {
         Code::NOT_FOUND => Failure::with_code(EXIT_NOT_FOUND, error.to_string()),
         Code::PERMISSION_DENIED => Failure::with_code(EXIT_NOT_EXECUTABLE, error.to_string()),
-        _ => Failure::new(format!("the container cannot be started: {error}")),
+        _ => Failure::new(format!("{what}: {error}")),
     }
 }
 
