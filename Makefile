@@ -12,7 +12,7 @@ guest     := $(target)/x86_64-unknown-linux-gnu/guest
 artifacts := $(target)/artifacts
 stage     := $(target)/stage
 
-.PHONY: help demo test soak bench lab install build setup kernel binaries guest-image stage clean
+.PHONY: help demo test soak bench lab install build setup kernel binaries faulty-agent guest-image stage test-stage clean
 .NOTPARALLEL:
 
 help:
@@ -27,6 +27,11 @@ kernel: setup
 binaries: setup
 	cargo build --release --locked -p bulkhead -p bulkhead-vmm -p bulkhead-rootfs-builder
 	cargo build --profile guest --locked -p bulkhead-agent
+
+# For tests only. Before `binaries`, which puts the agent proper in its place; cargo keeps both.
+faulty-agent: setup
+	cargo build --profile guest --locked -p bulkhead-agent --features fault-injection
+	@install -D $(guest)/bulkhead-agent $(artifacts)/bulkhead-agent-faulty
 
 guest-image: binaries
 	@mkdir -p $(artifacts)
@@ -54,19 +59,22 @@ stage: build
 	  tar -C "$$directory" -cf "$(stage)/usr/local/share/bulkhead-tests/$$image.tar" . || exit 1; \
 	done
 
+test-stage: faulty-agent stage
+	@install -D -t $(stage)/usr/local/libexec/bulkhead-tests $(artifacts)/bulkhead-agent-faulty
+
 demo: stage
 	@tests/demo
 
-test: stage
+test: test-stage
 	@tests/run
 
-soak: stage
+soak: test-stage
 	@tests/soak
 
 bench: stage
 	@tests/bench
 
-lab: stage
+lab: test-stage
 	@BULKHEAD_ARTIFACTS=$(stage) tests/lab/lab up
 	@tests/lab/lab shell
 
