@@ -140,5 +140,5 @@ fn full_disk() -> Result {
     let fill = ["/bin/dd", "if=/dev/zero", "of=/file", "bs=1M", "count=8", "conv=fsync"];
     let output = run(1 << 20, &layer, &["--storage", "256M"], &fill)?;
     expect_code(&output, 1)?;
-    ensure(stderr(&output).contains("I/O error"), || stderr(&output))
+    ensure(stderr(&output).contains("Input/output error"), || stderr(&output))
 }
