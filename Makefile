@@ -12,7 +12,8 @@ guest     := $(target)/x86_64-unknown-linux-gnu/guest
 artifacts := $(target)/artifacts
 stage     := $(target)/stage
 
-.PHONY: help demo test soak bench lab install build setup kernel binaries agent guest-image tests images lab-image stage clean
+.PHONY: help demo test soak bench lab install build setup kernel binaries agent faulty-agent guest-image tests images lab-image stage \
+  test-stage clean
 
 # A compiler, a download and a package installation keep different parts of the machine busy, so they run side by side. Cargo and
 # the kernel's make count the CPUs themselves: they are not to hear of this make's jobs.
@@ -33,10 +34,15 @@ binaries:
 
 agent: setup
 	cargo build --profile guest --locked -p bulkhead-agent
+	@install -D $(guest)/bulkhead-agent $(artifacts)/bulkhead-agent
+
+# For tests only. Cargo puts it in the same place, and keeps both.
+faulty-agent: agent
+	cargo build --profile guest --locked -p bulkhead-agent --features fault-injection
+	@install -D $(guest)/bulkhead-agent $(artifacts)/bulkhead-agent-faulty
 
 guest-image: binaries agent
-	@mkdir -p $(artifacts)
-	$(binaries)/bulkhead-guest-image --agent $(guest)/bulkhead-agent --output $(artifacts)/guest.erofs
+	$(binaries)/bulkhead-guest-image --agent $(artifacts)/bulkhead-agent --output $(artifacts)/guest.erofs
 
 build: kernel guest-image
 
@@ -70,19 +76,22 @@ stage: build tests images lab-image
 	  tar -C "$$directory" -cf "$(stage)/usr/local/share/bulkhead-tests/$$image.tar" . || exit 1; \
 	done
 
+test-stage: faulty-agent stage
+	@install -D -t $(stage)/usr/local/libexec/bulkhead-tests $(artifacts)/bulkhead-agent-faulty
+
 demo: stage
 	@tests/demo
 
-test: stage
+test: test-stage
 	@tests/run
 
-soak: stage
+soak: test-stage
 	@tests/soak
 
 bench: stage
 	@tests/bench
 
-lab: stage
+lab: test-stage
 	@BULKHEAD_ARTIFACTS=$(stage) tests/lab/lab up
 	@tests/lab/lab shell
 

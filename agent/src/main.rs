@@ -35,9 +35,12 @@ use service::Service;
 #[cfg_attr(not(test), unsafe(no_mangle))]
 #[cfg_attr(test, allow(dead_code))]
 extern "C" fn main(_arguments: libc::c_int, _values: *const *const libc::c_char) -> libc::c_int {
-    let command_line = boot::mount_all().and_then(|()| boot::command_line());
+    let mounted = boot::mount_all();
+    let command_line = boot::command_line();
+    // What fails here is told, too, if there is a way to.
+    log::init(log::level_of(command_line.as_deref().unwrap_or_default()));
+    mounted.unwrap_or_else(|error| status::fail(&chain(&error)));
     let command_line = command_line.unwrap_or_else(|error| status::fail(&chain(&error)));
-    log::init(log::level_of(&command_line));
     // With panic=abort the hook is the last code that runs; elsewhere it is too, since it does not return.
     std::panic::set_hook(Box::new(|panic| status::fail(panic)));
     boot::prepare().unwrap_or_else(|error| status::fail(&chain(&error)));

@@ -1,8 +1,48 @@
 #!/bin/bash
 # The part of guest.sh that runs in the lab.
 set -euo pipefail
-cd /dev/shm
+cd "$(dirname "$0")"
 modprobe vsock_loopback
+
+# image NAME: an EROFS image of the directory of that name.
+image() {
+  mkfs.erofs --quiet "$1.erofs" "$1" >mkfs.log 2>&1 || {
+    cat mkfs.log
+    exit 1
+  }
+}
+
+# A busybox system, what lies above it, one that means harm, and many small layers.
+images() {
+  local applet n
+  mkdir -p base/{bin,dev,proc,sys,tmp,etc,ro,var/www,scratch} top
+  cp "$(command -v busybox)" base/bin/busybox
+  for applet in $(base/bin/busybox --list); do
+    ln -s busybox "base/bin/$applet" 2>/dev/null || true
+  done
+  printf 'root:x:0:0:root:/root:/bin/sh\nweb:x:33:33:web:/var/www:/bin/sh\n' >base/etc/passwd
+  printf 'root:x:0:\nlog:x:4:web\nweb:x:33:\n' >base/etc/group
+  printf 'not a program' >base/bin/garbage
+  printf '#!/nonesuch\n' >base/bin/orphan
+  chmod 755 base/bin/garbage base/bin/orphan
+  echo base >base/layer
+  echo old >base/gone
+  echo top >top/layer
+  mknod top/gone c 0 0
+  cp -a base hostile
+  rmdir hostile/dev
+  ln -s /run/bulkhead hostile/dev
+  for n in base top hostile; do
+    image "$n"
+  done
+  for n in {1..100}; do
+    mkdir -p "many$n/many"
+    touch "many$n/many/$n"
+    image "many$n"
+  done
+}
+
+images
 
 # Slots from 4 on are loop devices; the kernel's partition scan and driver core are not what is tested here.
 slots=$(mktemp -d)
@@ -21,7 +61,7 @@ unshare --pid --mount --fork --propagation private bash -c "
   mount --bind $slots /sys/bus/platform/devices
   mount -t proc proc /proc
   echo 0 >/sys/fs/cgroup/cgroup.procs
-  exec /dev/shm/agent" &
+  exec $PWD/agent" &
 unshare=$!
 finish() {
   kill -9 "$AGENT_PID" 2>/dev/null || true
@@ -34,7 +74,7 @@ AGENT_PID=
 trap finish EXIT
 for _ in {1..100}; do
   AGENT_PID=$(cat "/proc/$unshare/task/$unshare/children" | tr -d ' ')
-  [[ -z $AGENT_PID || $(readlink "/proc/$AGENT_PID/exe") != /dev/shm/agent ]] || break
+  [[ -z $AGENT_PID || $(readlink "/proc/$AGENT_PID/exe") != "$PWD/agent" ]] || break
   sleep 0.1
 done
 export AGENT_PID

@@ -24,8 +24,8 @@ use crate::vmm::{Jail, VmmError, VmmProcess};
 
 /// How long a guest may take until its agent is ready.
 const BOOT_TIMEOUT: Duration = Duration::from_mins(1);
-/// How long a VMM that has closed its control socket may take to be gone.
-const DEATH_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a VMM that has closed its control socket may take to be gone: a busy host tears the machine down first.
+pub const DEATH_TIMEOUT: Duration = Duration::from_secs(20);
 /// Lines of the console that go with a failure.
 const CONSOLE_LINES: usize = 20;
 /// The guest's context id. Each VMM has a device of its own, so all guests may have the same.
@@ -77,9 +77,9 @@ pub enum SandboxError {
     /// The control socket cannot be watched.
     #[error("cannot watch the VMM's control socket")]
     Watch(#[source] io::Error),
-    /// The VMM refuses what it is asked.
-    #[error(transparent)]
-    Control(#[from] ControlError),
+    /// The VMM cannot make the machine.
+    #[error("the virtual machine cannot be made; `bulkhead check` says whether this host can run one")]
+    Refused(#[source] ControlError),
     /// The machine ended before its agent was ready.
     #[error("the virtual machine did not start: {end}{}", console_text(.console))]
     Boot {
@@ -175,13 +175,11 @@ impl Sandbox {
             serial: verbosity == Verbosity::Early,
         };
         let reply = control.request(Request::Boot(boot), descriptors.as_slice()).await;
-        let ready = match &reply {
-            Err(ControlError::Socket(_)) | Ok(_) => {
-                timeout(BOOT_TIMEOUT, until_ready(&mut events, &mut evidence)).await
-            }
-            Err(_) => return Err(reply.expect_err("matched").into()),
-        };
-        match ready {
+        // A VMM that has ended is asked no more, but judged by its end.
+        if let Err(error @ (ControlError::Refused { .. } | ControlError::Protocol(_))) = reply {
+            return Err(SandboxError::Refused(error));
+        }
+        match timeout(BOOT_TIMEOUT, until_ready(&mut events, &mut evidence)).await {
             Ok(true) => {}
             Ok(false) => {
                 let end = conclude(evidence, &mut process).await;
@@ -189,8 +187,11 @@ impl Sandbox {
             }
             Err(_) => return Err(SandboxError::NotReady(console.tail(CONSOLE_LINES))),
         }
-        let Reply::Running { started_ns, configured_ns, entered_ns } = reply? else {
-            return Err(ControlError::Protocol("its answer to boot is not that the machine runs").into());
+        let Reply::Running { started_ns, configured_ns, entered_ns } =
+            reply.map_err(SandboxError::Refused)?
+        else {
+            let error = ControlError::Protocol("its answer to boot is not that the machine runs");
+            return Err(SandboxError::Refused(error));
         };
         let times = BootTimes {
             spawn,

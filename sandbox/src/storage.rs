@@ -58,9 +58,17 @@ pub enum StorageError {
     /// The scratch disk cannot be made.
     #[error("cannot make the scratch disk {0}")]
     Scratch(PathBuf, #[source] io::Error),
+    /// mke2fs does not start.
+    #[error("mke2fs cannot be run to format the scratch disk; install the package e2fsprogs")]
+    NoMke2fs(#[source] io::Error),
     /// mke2fs failed.
-    #[error("mke2fs cannot format the scratch disk: {0}")]
-    Mke2fs(String),
+    #[error("mke2fs cannot format the scratch disk {path}; check its file system's free space: {said}")]
+    Mke2fs {
+        /// The disk.
+        path: PathBuf,
+        /// What it wrote to its standard error.
+        said: String,
+    },
     /// Too small.
     #[error("a scratch disk of {0}: it takes at least {SCRATCH_MIN}")]
     ScratchSize(Size),
@@ -130,16 +138,12 @@ pub async fn make_scratch(path: &Path, size: Size) -> Result<File, StorageError>
     command.args(["-q", "-F", "-t", "ext4", "-m", "0", "-O", "^has_journal,^resize_inode"]);
     command.args(["-E", "lazy_itable_init=1,nodiscard,root_owner=0:0"]).arg(path).kill_on_drop(true);
     // A user's PATH often lacks the directories of the administrator's tools.
-    let path = std::env::var("PATH").unwrap_or_default();
-    command.env_clear().env("PATH", format!("{path}:/usr/sbin:/sbin"));
-    let output = command.output().await.map_err(|e| match e.kind() {
-        io::ErrorKind::NotFound => {
-            StorageError::Mke2fs("it is not installed; install the package e2fsprogs".into())
-        }
-        _ => StorageError::Mke2fs(e.to_string()),
-    })?;
+    let programs = std::env::var("PATH").unwrap_or_default();
+    command.env_clear().env("PATH", format!("{programs}:/usr/sbin:/sbin"));
+    let output = command.output().await.map_err(StorageError::NoMke2fs)?;
     if !output.status.success() {
-        return Err(StorageError::Mke2fs(String::from_utf8_lossy(output.stderr.trim_ascii()).into_owned()));
+        let said = String::from_utf8_lossy(output.stderr.trim_ascii()).replace('\n', "; ");
+        return Err(StorageError::Mke2fs { path: path.to_owned(), said });
     }
     Ok(file)
 }

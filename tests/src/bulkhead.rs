@@ -5,6 +5,9 @@ use std::fs::read_dir;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use bulkhead_rootfs_builder::store::Store;
 
 use crate::vm::{Result, artifact, ensure};
 
@@ -16,6 +19,9 @@ static IMPORTED: Mutex<Vec<&'static str>> = Mutex::new(Vec::new());
 fn root() -> &'static Path {
     ROOT.get_or_init(|| tempfile::tempdir().expect("a temporary directory")).path()
 }
+
+/// Longer than anything takes on a busy machine.
+const PATIENCE: Duration = Duration::from_mins(2);
 
 /// Removes what the tests have made.
 pub fn clean_up() {
@@ -30,7 +36,7 @@ pub fn run_directory() -> PathBuf {
     root().join("run")
 }
 
-/// Where `bulkhead` keeps what survives a reboot.
+/// Where `bulkhead` keeps images and what is left of containers.
 #[must_use]
 pub fn data_directory() -> PathBuf {
     root().join("lib")
@@ -58,18 +64,44 @@ pub fn image(name: &'static str) -> Result {
     Ok(())
 }
 
-/// Runs a command in a new container of the busybox image. `options` go before the image.
-pub fn run(options: &[&str], command: &[&str]) -> Result<Output> {
+/// The EROFS layers of one of these images, the topmost first.
+pub fn layers(name: &'static str) -> Result<Vec<PathBuf>> {
+    image(name)?;
+    let store = Store::open(data_directory().join("images"))?;
+    Ok(store.resolve(&format!("{name}:1"))?.layers.into_iter().rev().collect())
+}
+
+/// `bulkhead run --rm` of a command in the busybox image. `options` go before the image.
+pub fn run_command(options: &[&str], command: &[&str]) -> Result<Command> {
     image("busybox")?;
-    let words = [&["run", "--rm"], options, &["busybox:1", "--"], command].concat();
-    Ok(bulkhead(words).output()?)
+    Ok(bulkhead([&["run", "--rm"], options, &["busybox:1", "--"], command].concat()))
+}
+
+/// Runs a command in a new container of the busybox image.
+pub fn run(options: &[&str], command: &[&str]) -> Result<Output> {
+    Ok(run_command(options, command)?.output()?)
 }
 
 /// The same, in the background of the test.
 pub fn spawn(options: &[&str], command: &[&str]) -> Result<Child> {
+    Ok(run_command(options, command)?.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
+}
+
+/// Leaves a container of the busybox image in the background.
+pub fn detach(name: &str, options: &[&str], command: &[&str]) -> Result {
     image("busybox")?;
-    let words = [&["run", "--rm"], options, &["busybox:1", "--"], command].concat();
-    Ok(bulkhead(words).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
+    let words = [&["run", "-d", "--name", name], options, &["busybox:1", "--"], command].concat();
+    expect_code(&bulkhead(words).output()?, 0)
+}
+
+/// Waits for what another process is about to do.
+pub fn eventually(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result {
+    let start = Instant::now();
+    while !holds()? {
+        ensure(start.elapsed() < PATIENCE, || format!("{what}: not within {PATIENCE:?}"))?;
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
 }
 
 /// What a command wrote to its standard output.
@@ -94,6 +126,18 @@ pub fn expect_code(output: &Output, code: i32) -> Result {
             stderr(output)
         )
     })
+}
+
+/// Checks that a command failed with this code, wrote nothing to its standard output, and said why in one line that has all of
+/// these words.
+pub fn expect_refusal(output: &Output, code: i32, words: &[&str]) -> Result {
+    expect_code(output, code)?;
+    ensure(output.stdout.is_empty(), || format!("stdout: {:?}", stdout(output)))?;
+    let said = stderr(output);
+    let one_line = said.lines().count() == 1 && said.starts_with("bulkhead: ");
+    ensure(one_line && !said.contains("internal error"), || format!("not one line: {said}"))?;
+    let missing: Vec<_> = words.iter().filter(|word| !said.contains(**word)).collect();
+    ensure(missing.is_empty(), || format!("{missing:?} is not in: {said}"))
 }
 
 /// The processes below `ancestor` that run the VMM.

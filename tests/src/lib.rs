@@ -1,8 +1,12 @@
-//! What the suite and the benchmarks share: a VMM steered by hand.
+//! What the suite and the benchmarks share: a VMM steered by hand, and the launcher as a user runs it.
 
 #![allow(missing_docs, clippy::missing_errors_doc)] // of tests: their names say it
 
 pub mod bulkhead;
 pub mod checksum;
+pub mod container;
 pub mod elf;
+pub mod files;
+pub mod layout;
+pub mod residue;
 pub mod vm;

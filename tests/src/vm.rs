@@ -10,6 +10,7 @@ use std::process::{Child, Command, Stdio};
 
 use bulkhead_protocol::status;
 use bulkhead_sandbox::agent::Agent;
+use bulkhead_sandbox::disk::Disk;
 use bulkhead_vmm::console_ring;
 use bulkhead_vmm::control::message::{
     Block, BlockLayout, Boot, Device, Event, Exit, Fd, FromOwner, FromVmm, Host, Reply, Request, Restore,
@@ -229,13 +230,24 @@ impl Vm {
         self.running.expect("a machine that was booted")
     }
 
+    /// Fills a slot with a disk.
+    pub fn plug(&mut self, slot: u8, disk: &Disk) -> Result {
+        let fds: Vec<BorrowedFd<'_>> = disk.files.iter().map(AsFd::as_fd).collect();
+        let block = Block {
+            files: (0..).map(Fd).take(fds.len()).collect(),
+            layout: disk.layout,
+            read_only: disk.read_only,
+            serial: "plugged".to_owned(),
+        };
+        self.request(Request::Plug { slot, device: Device::Block(block) }, &fds).map(drop)
+    }
+
     /// Calls the agent over a connection of its own.
     ///
     /// # Errors
     /// When the agent cannot be reached, or those of the calls.
     pub fn agent<T>(&self, calls: impl AsyncFnOnce(&Agent) -> Result<T>) -> Result<T> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(async { calls(&Agent::connect(&self.vsock_path()).await?).await })
+        block_on(async { calls(&Agent::connect(&self.vsock_path()).await?).await })
     }
 
     /// Closes the control socket and lets go of the process.
@@ -248,6 +260,11 @@ impl Vm {
     pub fn pid(&self) -> u32 {
         self.child.0.as_ref().map_or(0, Child::id)
     }
+}
+
+/// Runs asynchronous calls to their end.
+pub fn block_on<T>(calls: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(calls)
 }
 
 /// A process that does not outlive its handle.

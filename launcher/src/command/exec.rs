@@ -38,7 +38,7 @@ async fn run(args: &ExecArgs, registry: &Registry, container: &Container) -> Res
     let record = &container.record;
     let socket = registry.socket(&record.id);
     let gone = |error: AgentError| match error.code() {
-        Some(code) => refusal(code, &error),
+        Some(code) => refusal(code, &error, "the command cannot be started"),
         None => Failure::from(error).context(&format!("container {} cannot be reached", record.name)),
     };
     let agent = Agent::connect(&socket).await.map_err(gone)?;

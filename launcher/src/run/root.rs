@@ -60,7 +60,7 @@ impl Root {
             Self::Directory(directory) => vec![pack(directory, claim).await?],
             Self::Ext4(image) => {
                 let (image, copy) = (image.clone(), claim.scratch());
-                let context = format!("cannot copy {}", image.display());
+                let context = format!("cannot copy {} to {}", image.display(), copy.display());
                 let copied = tokio::task::spawn_blocking(move || {
                     fs::copy(&image, &copy)?;
                     File::options().read(true).write(true).open(&copy)
@@ -87,6 +87,11 @@ async fn pack(directory: &Path, claim: &Claim) -> Result<PathBuf, Failure> {
             progress.show(|| format!("packing {}: {}", directory.display(), Size(bytes)));
         })
     });
-    packing.await??;
+    let packing = packing.await?;
+    packing.map_err(|e| {
+        let place = claim.data.display();
+        Failure::from(e)
+            .context(&format!("cannot pack the root into {place}, with {} of free space", Size(free)))
+    })?;
     Ok(packed)
 }

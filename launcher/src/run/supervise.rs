@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bulkhead_sandbox::agent::messages::CreateContainerRequest;
 use bulkhead_sandbox::agent::{Agent, AgentError, Code, ProcessId};
-use bulkhead_sandbox::sandbox::{Sandbox, SandboxConfig, console_text};
+use bulkhead_sandbox::sandbox::{DEATH_TIMEOUT, Sandbox, SandboxConfig, console_text};
 use bulkhead_sandbox::size::Size;
 use bulkhead_sandbox::storage::Storage;
 use bulkhead_sandbox::timing::Stamp;
@@ -28,8 +28,9 @@ use crate::process::signals::Signals;
 use crate::process::terminal::RawTerminal;
 use crate::progress;
 
-/// How long a machine whose agent has fallen silent may take to be known as ended.
-const END_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a machine whose agent is gone may take to be known as ended: longer than its VMM may take to be, so that its end is
+/// told, and not only that the agent is gone.
+const END_TIMEOUT: Duration = DEATH_TIMEOUT.saturating_add(Duration::from_secs(5));
 
 /// Where a container's life takes place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -202,7 +203,7 @@ async fn create(
 /// Why a call to the agent failed, as an exit code and in words: the machine's end explains an agent that is gone.
 async fn explain(sandbox: &Sandbox, error: AgentError) -> Failure {
     if let Some(code) = error.code() {
-        return refusal(code, &error);
+        return refusal(code, &error, "the container cannot be started");
     }
     match timeout(END_TIMEOUT, sandbox.ended()).await {
         Ok(end) => Failure::new(format!("{end}{}", console_text(&sandbox.console_tail()))),
@@ -211,11 +212,11 @@ async fn explain(sandbox: &Sandbox, error: AgentError) -> Failure {
 }
 
 /// What a refusal to start a process means to the user.
-pub(crate) fn refusal(code: Code, error: &AgentError) -> Failure {
+pub(crate) fn refusal(code: Code, error: &AgentError, what: &str) -> Failure {
     match code {
         Code::NOT_FOUND => Failure::with_code(EXIT_NOT_FOUND, error.to_string()),
         Code::PERMISSION_DENIED => Failure::with_code(EXIT_NOT_EXECUTABLE, error.to_string()),
-        _ => Failure::new(format!("the container cannot be started: {error}")),
+        _ => Failure::new(format!("{what}: {error}")),
     }
 }
 

@@ -31,7 +31,7 @@ pub const SYMLINK_MAX: usize = 4095;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Writing the image failed.
-    #[error("writing the image failed")]
+    #[error("writing the image failed; check the free space")]
     Write(#[source] io::Error),
     /// Writing or reading the scratch file failed.
     #[error("using the scratch file beside the image failed")]

@@ -1,24 +1,40 @@
 //! Processes are killed and starved: what must end ends, is told, and leaves nothing behind.
 
+use std::fs::{copy, create_dir, remove_file};
 use std::io::Read;
-use std::process::Child;
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
+use std::process::{Child, Stdio};
 
-use bulkhead_tests::bulkhead::{bulkhead, spawn, vmm_below};
-use bulkhead_tests::vm::{Result, ensure};
+use bulkhead_rootfs_builder::{directory, guest_image};
+use bulkhead_tests::bulkhead::{
+    bulkhead, detach, eventually, expect_code, image, run_command, run_directory, spawn, stderr, stdout,
+    vmm_below,
+};
+use bulkhead_tests::files::share;
+use bulkhead_tests::residue::entries;
+use bulkhead_tests::vm::{CMDLINE, Plan, Result, Vm, artifact, ensure};
+use bulkhead_vmm::control::message::Exit;
 use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::trial;
 
-/// Longer than anything here takes on a busy machine.
-const PATIENCE: Duration = Duration::from_mins(1);
-
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
         trial("faults: a killed VMM is reported and leaves nothing", vmm_killed),
         trial("faults: a killed launcher takes its VMM along", launcher_killed),
+        trial(
+            "faults: a killed supervisor takes its VMM along, and what it ran is remembered",
+            supervisor_killed,
+        ),
+        trial("faults: a launcher ended while its machine boots leaves nothing", ended_early),
+        trial(
+            "faults: a command that leaves a container in the background is killed before it has",
+            starter_killed,
+        ),
+        trial("faults: an agent that dies panics the guest, whose console says so", agent_killed),
+        trial("faults: an agent that cannot go on says why", agent_failed),
         trial("signals: a command that a signal ends makes 128 and the signal", killed),
         trial("signals: what the launcher is sent, the command gets", forwarded),
     ]
@@ -34,16 +50,6 @@ fn started(name: &str, script: &str) -> Result<Child> {
 
 fn signal(pid: u32, signal: Signal) -> Result {
     Ok(kill(Pid::from_raw(i32::try_from(pid)?), signal)?)
-}
-
-/// Waits for what another process is about to do.
-fn eventually(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result {
-    let start = Instant::now();
-    while !holds()? {
-        ensure(start.elapsed() < PATIENCE, || format!("{what}: not within {PATIENCE:?}"))?;
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    Ok(())
 }
 
 fn only_vmm(launcher: u32) -> Result<u32> {
@@ -89,4 +95,89 @@ fn forwarded() -> Result {
     signal(child.id(), Signal::SIGTERM)?;
     let output = child.wait_with_output()?;
     ensure(output.status.code() == Some(9), || format!("{}", output.status))
+}
+
+fn supervisor_killed() -> Result {
+    detach("headless", &[], &["sh", "-c", "echo started; sleep 1000"])?;
+    eventually("it has started", || Ok(stdout(&bulkhead(["logs", "headless"]).output()?) == "started\n"))?;
+    let listed = stdout(&bulkhead(["ps", "--json"]).output()?);
+    let vmm = listed.lines().find_map(|line| line.trim().strip_prefix("\"vmm_pid\": ")?.strip_suffix(','));
+    let vmm: u32 = vmm.ok_or_else(|| listed.clone())?.parse()?;
+    let status = std::fs::read_to_string(format!("/proc/{vmm}/status"))?;
+    let supervisor = status.lines().find_map(|line| line.strip_prefix("PPid:\t"));
+    signal(supervisor.ok_or(status.clone())?.parse()?, Signal::SIGKILL)?;
+    eventually("it is known to have ended", || {
+        let listed = stdout(&bulkhead(["ps", "-a"]).output()?);
+        Ok(listed.contains("exited (137)") && listed.contains("launcher"))
+    })?;
+    let said = stdout(&bulkhead(["logs", "headless"]).output()?);
+    ensure(said == "started\n", || said)?;
+    expect_code(&bulkhead(["rm", "headless"]).output()?, 0)
+}
+
+/// Waits until a launcher has begun to make a container.
+fn begun() -> Result {
+    eventually("a container is made", || {
+        Ok(entries(&run_directory())?.iter().any(|name| !name.starts_with('.')))
+    })
+}
+
+fn ended_early() -> Result {
+    for (ending, code) in [(Signal::SIGTERM, Some(143)), (Signal::SIGKILL, None)] {
+        // On a machine where it has started by then, the command ends in the same way.
+        let child = spawn(&[], &["sh", "-c", "trap 'exit 143' TERM; while :; do sleep 0.1; done"])?;
+        begun()?;
+        signal(child.id(), ending)?;
+        let output = child.wait_with_output()?;
+        ensure(output.status.code() == code, || format!("{}: {}", output.status, stderr(&output)))?;
+        expect_code(&bulkhead(["ps"]).output()?, 0)?;
+    }
+    Ok(())
+}
+
+fn starter_killed() -> Result {
+    image("busybox")?;
+    let words = ["run", "-d", "--name", "unwanted", "busybox:1", "--", "sleep", "1000"];
+    let mut starter = bulkhead(words).stderr(Stdio::null()).spawn()?;
+    begun()?;
+    starter.kill()?;
+    // On a machine where it was faster, the container is there to stay.
+    if starter.wait()?.success() {
+        expect_code(&bulkhead(["rm", "-f", "unwanted"]).output()?, 0)?;
+    }
+    Ok(())
+}
+
+/// An agent that can be told to fail.
+fn faulty_agent() -> PathBuf {
+    artifact("libexec/bulkhead-tests/bulkhead-agent-faulty")
+}
+
+fn agent_killed() -> Result {
+    let directory = tempfile::tempdir()?;
+    let root = directory.path().join("guest.erofs");
+    guest_image::build(&faulty_agent(), &root)?;
+    let cmdline = format!("{CMDLINE} bulkhead.fault=ill");
+    let mut vm = Vm::ready(&Plan { root, cmdline, ..Plan::default() })?;
+    let exit = vm.wait_exit()?;
+    ensure(exit == Exit::Reset, || format!("{exit:?}"))?;
+    let console = vm.console()?;
+    ensure(console.contains("Kernel panic - not syncing: Attempted to kill init"), || console)
+}
+
+fn agent_failed() -> Result {
+    let (share, tree) = (share()?, tempfile::tempdir()?);
+    copy(faulty_agent(), tree.path().join("agent"))?;
+    // All that it mounts on but /tmp.
+    for name in ["dev", "proc", "run", "sys"] {
+        create_dir(tree.path().join(name))?;
+    }
+    let guest = share.path().join("guest.erofs");
+    remove_file(&guest)?;
+    directory::pack(tree.path(), &guest, 1 << 30, &mut |_| {})?;
+    let output = run_command(&[], &["true"])?.env("BULKHEAD_SHARE", share.path()).output()?;
+    expect_code(&output, 125)?;
+    let said = stderr(&output);
+    ensure(said.contains("did not start: the agent in the guest failed"), || said.clone())?;
+    ensure(said.contains("mount tmpfs on /tmp"), || said)
 }

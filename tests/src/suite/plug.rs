@@ -1,9 +1,17 @@
 //! Devices come and go while the guest runs.
 
-use std::os::fd::AsFd;
-
-use bulkhead_tests::vm::{Plan, Result, SLOT_RNG, Vm, ensure};
-use bulkhead_vmm::control::message::{Block, BlockLayout, Device, Fd, Request};
+use bulkhead_sandbox::artifacts::Artifacts;
+use bulkhead_sandbox::config::Uids;
+use bulkhead_sandbox::disk::Disk;
+use bulkhead_sandbox::sandbox::{Sandbox, SandboxConfig};
+use bulkhead_sandbox::size::Size;
+use bulkhead_sandbox::storage::{self, SCRATCH_SLOT, Upper, make_scratch};
+use bulkhead_sandbox::uid::UidLease;
+use bulkhead_sandbox::vmm::Jail;
+use bulkhead_tests::bulkhead::layers;
+use bulkhead_tests::container::Container;
+use bulkhead_tests::vm::{Plan, Result, SLOT_RNG, Vm, artifact, block_on, ensure};
+use bulkhead_vmm::control::message::{BlockLayout, Device, Request};
 use libtest_mimic::Trial;
 
 use crate::trial;
@@ -14,26 +22,20 @@ pub(crate) fn tests() -> Vec<Trial> {
     vec![
         trial("plug: a disk is plugged, used, unplugged, and another takes its slot", disk),
         trial("plug: a slot that is taken, empty, in use or not there is refused", refused),
+        trial("plug: a sandbox gets a container's disks while it runs, and keeps those in use", sandbox),
     ]
 }
 
-fn plug(vm: &mut Vm) -> Result {
+fn scratch() -> Result<Disk> {
     let file = tempfile::tempfile()?;
     file.set_len(1 << 20)?;
-    let block = Block {
-        files: vec![Fd(0)],
-        layout: BlockLayout::Whole,
-        read_only: false,
-        serial: "scratch".to_owned(),
-    };
-    vm.request(Request::Plug { slot: SLOT, device: Device::Block(block) }, &[file.as_fd()])?;
-    Ok(())
+    Ok(Disk { files: vec![file], layout: BlockLayout::Whole, read_only: false })
 }
 
 fn disk() -> Result {
     let mut vm = Vm::ready(&Plan::default())?;
     for _ in 0..3 {
-        plug(&mut vm)?;
+        vm.plug(SLOT, &scratch()?)?;
         vm.agent(async |agent| Ok(agent.bind_slot(SLOT).await?))?;
         vm.agent(async |agent| Ok(agent.unbind_slot(SLOT).await?))?;
         vm.request(Request::Unplug { slot: SLOT }, &[])?;
@@ -57,4 +59,46 @@ fn refused() -> Result {
     }
     let bind = vm.agent(async |agent| Ok(agent.bind_slot(SLOT).await?));
     ensure(bind.is_err(), || "the agent bound an empty slot".to_owned())
+}
+
+fn sandbox() -> Result {
+    let directory = tempfile::tempdir()?;
+    let at = |name: &str| directory.path().join(name);
+    std::fs::create_dir(at("empty"))?;
+    let lease = UidLease::take(Uids::default(), &at("uids"))?;
+    let artifacts = Artifacts {
+        vmm: artifact("libexec/bulkhead/bulkhead-vmm"),
+        kernel: artifact("share/bulkhead/vmlinux"),
+        guest_image: artifact("share/bulkhead/guest.erofs"),
+    };
+    let config = SandboxConfig {
+        artifacts: &artifacts,
+        kvm: "/dev/kvm".as_ref(),
+        memory_mib: 256,
+        cpus: 1,
+        jail: Jail { uid: Some(&lease), root: &at("empty") },
+        socket: &at("vsock"),
+        disks: &[],
+    };
+    let layers = layers("busybox")?;
+    block_on(async {
+        let sandbox = Sandbox::boot(&config).await?;
+        let agent = sandbox.agent().await?;
+        let upper = Upper::Scratch(make_scratch(&at("scratch"), Size(64 << 20)).await?);
+        let storage = storage::plan(&layers, upper)?;
+        for (slot, disk) in &storage.disks {
+            sandbox.plug(&agent, *slot, disk).await?;
+        }
+        let script = "echo written >/file; cat /file; read line";
+        let mut container = Container::start(&agent, sandbox.socket(), &storage.rootfs, script).await?;
+        container.says("written\n").await?;
+        let refusal = sandbox.unplug(&agent, SCRATCH_SLOT).await.err().map(|error| error.to_string());
+        ensure(refusal.as_ref().is_some_and(|text| text.contains("in use")), || format!("{refusal:?}"))?;
+        for _ in 0..2 {
+            sandbox.plug(&agent, SLOT, &scratch()?).await?;
+            sandbox.unplug(&agent, SLOT).await?;
+        }
+        let (code, rest) = container.finish("go\n").await?;
+        ensure((code, rest.as_str()) == (0, ""), || format!("{code}: {rest:?}"))
+    })
 }

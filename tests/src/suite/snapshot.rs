@@ -4,7 +4,12 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
-use bulkhead_tests::vm::{Plan, Result, Vm, ensure};
+use bulkhead_sandbox::agent::Agent;
+use bulkhead_sandbox::size::Size;
+use bulkhead_sandbox::storage::{self, Upper};
+use bulkhead_tests::bulkhead::layers;
+use bulkhead_tests::container::Container;
+use bulkhead_tests::vm::{Plan, Result, Vm, block_on, ensure};
 use bulkhead_vmm::control::message::{Fd, Request};
 use libtest_mimic::Trial;
 
@@ -13,6 +18,7 @@ use crate::trial;
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
         trial("snapshot: the saved machine goes on, and so do two that are restored from it", restored_twice),
+        trial("snapshot: a container runs in each of two restored machines, side by side", containers),
         trial("snapshot: what is cut, damaged or of another version is refused before it runs", refused),
         trial("snapshot: a running machine is not saved", running),
     ]
@@ -42,6 +48,39 @@ fn restored_twice() -> Result {
             .map_err(|error| format!("{name}: {error}"))?;
     }
     Ok(())
+}
+
+fn containers() -> Result {
+    let plan = Plan::default();
+    let (original, file) = saved(&plan)?;
+    drop(original);
+    let storage = storage::plan(&layers("busybox")?, Upper::Tmpfs(Size(32 << 20)))?;
+    let mut clones = [Vm::restore(&plan, &file)?, Vm::restore(&plan, &file)?];
+    for vm in &mut clones {
+        for (slot, disk) in &storage.disks {
+            vm.plug(*slot, disk)?;
+        }
+    }
+    let sockets = clones.each_ref().map(Vm::vsock_path);
+    block_on(async {
+        let agents = [Agent::connect(&sockets[0]).await?, Agent::connect(&sockets[1]).await?];
+        let script = "echo here; read line; echo $line; exit 3";
+        let mut containers = Vec::new();
+        for (agent, socket) in agents.iter().zip(&sockets) {
+            for (slot, _) in &storage.disks {
+                agent.bind_slot(*slot).await?;
+            }
+            containers.push(Container::start(agent, socket, &storage.rootfs, script).await?);
+        }
+        for container in &mut containers {
+            container.says("here\n").await?;
+        }
+        for (container, line) in containers.into_iter().zip(["first\n", "second\n"]) {
+            let (code, said) = container.finish(line).await?;
+            ensure((code, said.as_str()) == (3, line), || format!("{code}: {said:?}"))?;
+        }
+        Ok(())
+    })
 }
 
 fn refused() -> Result {

@@ -1,0 +1,123 @@
+//! Roots that are no images: directories, file system images, OCI bundles. What the container writes stays in the container.
+
+use std::fs::{read, write};
+use std::path::Path;
+use std::process::Command;
+
+use bulkhead_rootfs_builder::directory::pack;
+use bulkhead_tests::bulkhead::{bulkhead, expect_code, expect_refusal, stderr, stdout};
+use bulkhead_tests::files::{busybox_tree, tool};
+use bulkhead_tests::vm::{Result, ensure};
+use libtest_mimic::Trial;
+use serde_json::{Value, json};
+
+use crate::trial;
+
+/// Says what is in the root, and writes to it.
+const SCRIPT: &str = "cat /marker; echo changed >/marker; cat /marker; grep ' / ' /proc/mounts";
+
+pub(crate) fn tests() -> Vec<Trial> {
+    vec![
+        trial("root: a directory is packed, and stays as it was", directory),
+        trial("root: an EROFS image gets a layer to write to", erofs),
+        trial("root: an ext4 image is copied, and stays as it was", ext4),
+        trial("root: what is none is refused", refused),
+        trial("bundle: its process, hostname and environment hold", bundle),
+        trial("faults: a guest kernel that panics under a container is told with its last words", panic),
+    ]
+}
+
+/// A busybox system with a marker, in the new directory `tree`.
+fn marked(tree: &Path) -> Result {
+    busybox_tree(tree)?;
+    Ok(write(tree.join("marker"), "original\n")?)
+}
+
+fn expect_changed(root: &Path, kind: &str) -> Result {
+    let output =
+        bulkhead(["run", "--rm", "--rootfs"]).arg(root).args(["--", "/bin/sh", "-c", SCRIPT]).output()?;
+    expect_code(&output, 0)?;
+    let said = stdout(&output);
+    ensure(said.starts_with("original\nchanged\n") && said.contains(kind), || said)
+}
+
+fn directory() -> Result {
+    let scratch = tempfile::tempdir()?;
+    let tree = scratch.path().join("tree");
+    marked(&tree)?;
+    expect_changed(&tree, "overlay / overlay rw")?;
+    ensure(read(tree.join("marker"))? == b"original\n", || "the directory was written to".to_owned())
+}
+
+fn erofs() -> Result {
+    let scratch = tempfile::tempdir()?;
+    let (tree, image) = (scratch.path().join("tree"), scratch.path().join("image"));
+    marked(&tree)?;
+    pack(&tree, &image, 1 << 30, &mut |_| {})?;
+    let before = read(&image)?;
+    expect_changed(&image, "overlay / overlay rw")?;
+    ensure(read(&image)? == before, || "the image was written to".to_owned())
+}
+
+fn ext4() -> Result {
+    let scratch = tempfile::tempdir()?;
+    let (tree, image) = (scratch.path().join("tree"), scratch.path().join("image"));
+    marked(&tree)?;
+    tool(Command::new("mke2fs").args(["-q", "-t", "ext4", "-d"]).arg(&tree).arg(&image).arg("32M"))?;
+    let before = read(&image)?;
+    expect_changed(&image, " / ext4 rw")?;
+    ensure(read(&image)? == before, || "the image was written to".to_owned())
+}
+
+fn refused() -> Result {
+    let scratch = tempfile::tempdir()?;
+    let text = scratch.path().join("text");
+    write(&text, "no file system\n")?;
+    let missing = scratch.path().join("missing");
+    for (path, said) in [(&text, "neither an EROFS nor an ext4 image"), (&missing, "No such file")] {
+        let output = bulkhead(["run", "--rm", "--rootfs"]).arg(path).args(["--", "true"]).output()?;
+        expect_refusal(&output, 125, &[said, &path.display().to_string()])?;
+    }
+    Ok(())
+}
+
+/// Runs a bundle of a busybox system whose process is a script.
+fn run_bundle(options: &[&str], script: &str) -> Result<std::process::Output> {
+    let scratch = tempfile::tempdir()?;
+    let tree = scratch.path().join("tree");
+    marked(&tree)?;
+    let namespaces: Vec<Value> =
+        ["pid", "ipc", "uts", "mount", "cgroup"].iter().map(|kind| json!({ "type": kind })).collect();
+    let config = json!({
+        "ociVersion": "1.0.2",
+        "process": {
+            "args": ["sh", "-c", script], "cwd": "/tmp", "env": ["PATH=/bin", "FROM=bundle"],
+            "user": { "uid": 0, "gid": 0 }
+        },
+        "root": { "path": "tree" },
+        "hostname": "bundled",
+        "mounts": [
+            { "destination": "/proc", "type": "proc", "source": "proc" },
+            { "destination": "/dev", "type": "tmpfs", "source": "tmpfs" }
+        ],
+        "linux": { "namespaces": namespaces }
+    });
+    write(scratch.path().join("config.json"), config.to_string())?;
+    Ok(bulkhead(["run", "--rm"]).args(options).arg("--bundle").arg(scratch.path()).output()?)
+}
+
+fn bundle() -> Result {
+    let output = run_bundle(&[], "hostname; pwd; echo $FROM; cat /marker; exit 4")?;
+    expect_code(&output, 4)?;
+    ensure(stdout(&output) == "bundled\n/tmp\nbundle\noriginal\n", || stdout(&output))
+}
+
+fn panic() -> Result {
+    // A bundle may leave /proc/sys writable: the guest is the container's own.
+    let script = "echo 2 >/proc/sys/vm/panic_on_oom && tail /dev/zero";
+    let output = run_bundle(&["--memory", "128M"], script)?;
+    expect_code(&output, 125)?;
+    let said = stderr(&output);
+    ensure(said.starts_with("bulkhead: the guest's kernel panicked"), || said.clone())?;
+    ensure(said.contains("Kernel panic - not syncing: Out of memory"), || said)
+}
