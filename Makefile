@@ -36,8 +36,8 @@ agent: setup
 	cargo build --profile guest --locked -p bulkhead-agent
 	@install -D $(guest)/bulkhead-agent $(artifacts)/bulkhead-agent
 
-# For tests only. Cargo puts it in the same place, and keeps both.
-faulty-agent: agent
+# For tests only. Cargo puts it in the place of the agent proper, which must have been used by then, and keeps both.
+faulty-agent: stage
 	cargo build --profile guest --locked -p bulkhead-agent --features fault-injection
 	@install -D $(guest)/bulkhead-agent $(artifacts)/bulkhead-agent-faulty
 
@@ -47,11 +47,11 @@ guest-image: binaries agent
 build: kernel guest-image
 
 install: build
-	@install -D -m 755 $(binaries)/bulkhead $(DESTDIR)$(PREFIX)/bin/bulkhead
-	@install -D -m 755 $(binaries)/bulkhead-vmm $(DESTDIR)$(PREFIX)/libexec/bulkhead/bulkhead-vmm
-	@install -D -m 644 $(artifacts)/vmlinux $(DESTDIR)$(PREFIX)/share/bulkhead/vmlinux
-	@install -D -m 644 $(artifacts)/guest.erofs $(DESTDIR)$(PREFIX)/share/bulkhead/guest.erofs
-	@test -e $(DESTDIR)$(SYSCONFDIR)/bulkhead/config.toml || \
+	install -D -m 755 $(binaries)/bulkhead $(DESTDIR)$(PREFIX)/bin/bulkhead
+	install -D -m 755 $(binaries)/bulkhead-vmm $(DESTDIR)$(PREFIX)/libexec/bulkhead/bulkhead-vmm
+	install -D -m 644 $(artifacts)/vmlinux $(DESTDIR)$(PREFIX)/share/bulkhead/vmlinux
+	install -D -m 644 $(artifacts)/guest.erofs $(DESTDIR)$(PREFIX)/share/bulkhead/guest.erofs
+	test -e $(DESTDIR)$(SYSCONFDIR)/bulkhead/config.toml || \
 	  install -D -m 644 sandbox/config.toml $(DESTDIR)$(SYSCONFDIR)/bulkhead/config.toml
 
 tests: binaries
@@ -76,7 +76,7 @@ stage: build tests images lab-image
 	  tar -C "$$directory" -cf "$(stage)/usr/local/share/bulkhead-tests/$$image.tar" . || exit 1; \
 	done
 
-test-stage: faulty-agent stage
+test-stage: faulty-agent
 	@install -D -t $(stage)/usr/local/libexec/bulkhead-tests $(artifacts)/bulkhead-agent-faulty
 
 demo: stage
