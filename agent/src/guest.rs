@@ -7,10 +7,12 @@ use std::path::{Path, PathBuf};
 use bulkhead_protocol::agent::GuestDetails;
 use bulkhead_protocol::limits::PROTOCOL_VERSION;
 use rustix::fd::AsRawFd as _;
-use rustix::fs::{Mode, OFlags, open};
+use rustix::fs::{Mode, OFlags, open, sync};
 use rustix::io::Errno;
-use rustix::system::{sethostname, sysinfo, uname};
+use rustix::system::{RebootCommand, reboot, sethostname, sysinfo, uname};
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
+
+use crate::status;
 
 /// The clock is left alone when it is off by no more than this.
 const CLOCK_TOLERANCE_NS: u64 = 100_000_000;
@@ -41,6 +43,8 @@ pub(crate) enum Error {
     Read(PathBuf, #[source] io::Error),
     #[error("the guest can have {0} CPUs, not {1}")]
     NoCpu(u32, u32),
+    #[error("reset the machine")]
+    Reset(#[source] io::Error),
 }
 
 /// Nanoseconds of a clock since its zero.
@@ -202,6 +206,16 @@ pub(crate) fn online_cpus(count: u32) -> Result<u32, Error> {
         }
     }
     cpus_online()
+}
+
+/// Writes what disks are to hold, says so on the status port, and resets the machine.
+///
+/// # Errors
+/// [`Error::Reset`] when there is no status port or the kernel refuses.
+pub(crate) fn shutdown() -> Result<(), Error> {
+    sync();
+    status::report(bulkhead_protocol::status::STOPPED).map_err(Error::Reset)?;
+    reboot(RebootCommand::Restart).map_err(|error| Error::Reset(error.into()))
 }
 
 fn cpus_online() -> Result<u32, Error> {

@@ -162,6 +162,11 @@ impl Table {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// True when there is no container, not even one that is being created.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.lock().containers.is_empty()
+    }
+
     /// Takes a place for a container that is about to be created. The receiver tells when that shall stop.
     ///
     /// # Errors

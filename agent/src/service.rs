@@ -8,9 +8,9 @@ use bulkhead_protocol::agent::{
     AddEntropyRequest, BindSlotRequest, BindSlotResponse, CloseStdinRequest, CreateContainerRequest,
     CreateContainerResponse, Empty, ExecProcessRequest, ExecProcessResponse, GetGuestDetailsRequest,
     GuestDetails, OnlineCpusRequest, OnlineCpusResponse, RemoveContainerRequest, ResizeTerminalRequest,
-    SetClockRequest, SetClockResponse, SetHostnameRequest, SignalProcessRequest, StartContainerRequest,
-    StatsContainerRequest, StatsContainerResponse, Stdio, UnbindSlotRequest, WaitProcessRequest,
-    WaitProcessResponse,
+    SetClockRequest, SetClockResponse, SetHostnameRequest, ShutdownRequest, SignalProcessRequest,
+    StartContainerRequest, StatsContainerRequest, StatsContainerResponse, Stdio, UnbindSlotRequest,
+    WaitProcessRequest, WaitProcessResponse,
 };
 use bulkhead_protocol::agent_ttrpc::Agent;
 use bulkhead_protocol::limits::{
@@ -204,6 +204,14 @@ impl Agent for Service {
         }
         let cpus_online = beside(move || guest::online_cpus(request.count)).await?;
         Ok(OnlineCpusResponse { cpus_online, ..OnlineCpusResponse::default() })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> Answer<Empty> {
+        if !self.lifecycle.table.is_empty() {
+            return Err(status(Code::FAILED_PRECONDITION, "there are containers: remove them first"));
+        }
+        beside(guest::shutdown).await?;
+        Ok(Empty::default())
     }
 
     async fn create_container(

@@ -6,7 +6,7 @@ pub const PORT: u16 = 0x600;
 
 /// The agent listens on its vsock ports.
 pub const READY: u8 = 1;
-/// The agent has stopped every container, written all disks, and is about to reset the machine.
+/// The agent was asked to shut down, has written all disks, and is about to reset the machine.
 pub const STOPPED: u8 = 2;
 /// The agent has found that it cannot go on and is about to end, which makes the kernel panic.
 pub const FAILED: u8 = 3;

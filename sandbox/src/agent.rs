@@ -99,6 +99,15 @@ impl Agent {
         within(CALL_TIMEOUT_S, self.client.online_cpus(Context::default(), &request)).await.map(drop)
     }
 
+    /// Has a guest without containers write its disks and reset the machine. There is no answer but the machine's end.
+    ///
+    /// # Errors
+    /// [`AgentError`], as for every call; [`AgentError::Lost`] is what a guest that does it looks like.
+    pub async fn shutdown(&self) -> Result<(), AgentError> {
+        let request = messages::ShutdownRequest::new();
+        within(CALL_TIMEOUT_S, self.client.shutdown(Context::default(), &request)).await.map(drop)
+    }
+
     /// Has the guest's driver take a slot that the VMM has filled.
     ///
     /// # Errors

@@ -3,9 +3,11 @@
 use std::fs::File;
 use std::io::Write;
 
+use bulkhead_protocol::status;
+use bulkhead_sandbox::agent::AgentError;
 use bulkhead_tests::elf;
 use bulkhead_tests::vm::{Plan, Result, Vm, ensure};
-use bulkhead_vmm::control::message::{Exit, Request};
+use bulkhead_vmm::control::message::{Event, Exit, Request};
 use libtest_mimic::Trial;
 
 use crate::trial;
@@ -21,6 +23,7 @@ pub(crate) fn tests() -> Vec<Trial> {
             boots(&Plan { jailed: false, ..Plan::default() }).map(drop)
         }),
         trial("end: a kernel panic is a reset, with its reason on the console", panic),
+        trial("end: a guest that is asked to shut down says so and resets", shutdown),
         trial("end: a triple fault is told from a panic", triple_fault),
         trial("end: a kernel that fails early is heard through the serial port", early),
         trial("end: the VMM ends with its owner", owner_gone),
@@ -63,6 +66,17 @@ fn panic() -> Result {
     ensure(exit == Exit::Reset, || format!("{exit:?}"))?;
     let console = vm.console()?;
     ensure(console.contains("Kernel panic - not syncing"), || console)
+}
+
+fn shutdown() -> Result {
+    let mut vm = boots(&Plan::default())?;
+    let answer = vm.agent(async |agent| Ok(agent.shutdown().await));
+    let lost = matches!(answer, Ok(Err(AgentError::Lost(_))));
+    ensure(lost, || format!("the answer is {answer:?}"))?;
+    let said = vm.event()?;
+    ensure(said == Event::Status(status::STOPPED), || format!("it said {said:?}"))?;
+    let exit = vm.wait_exit()?;
+    ensure(exit == Exit::Reset, || format!("{exit:?}"))
 }
 
 /// Boots code that was made up instead of a kernel.
