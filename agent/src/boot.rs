@@ -14,8 +14,8 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::system::sysinfo;
 
-use crate::cgroup;
 use crate::container::{DIRECTORY, START_DIRECTORY};
+use crate::{cgroup, rcu};
 
 /// Three pipes and three connections a process, and room for the agent's own.
 const OPEN_FILES: u64 = 6 * (CONTAINERS_MAX + EXECS_MAX) as u64 + 1024;
@@ -66,10 +66,8 @@ pub(crate) fn mount_all() -> Result<(), Error> {
     for (what, target, flags, options) in MOUNTS {
         mount_one(what, target, flags, options)?;
     }
-    // `favordynmods` itself takes one grace period. An expedited one disturbs the other processors, so only this is.
-    expedite_grace_periods("1")?;
-    mount_one("cgroup2", cgroup::ROOT, NO_DEVICES, CGROUPS)?;
-    expedite_grace_periods("0")
+    // `favordynmods` itself takes one grace period.
+    rcu::expedited(|| mount_one("cgroup2", cgroup::ROOT, NO_DEVICES, CGROUPS)).map_err(Error::Expedite)?
 }
 
 fn mount_one(
@@ -82,14 +80,6 @@ fn mount_one(
     match mount(what, target, what, flags, options.as_deref()) {
         Ok(()) | Err(Errno::BUSY) => Ok(()),
         Err(source) => Err(Error::Mount { what, target, source }),
-    }
-}
-
-fn expedite_grace_periods(on: &str) -> Result<(), Error> {
-    match fs::write("/sys/kernel/rcu_expedited", on) {
-        // A kernel for one processor has nothing to wait for.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other.map_err(Error::Expedite),
     }
 }
 

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rustix::system::{RebootCommand, reboot, sethostname, sysinfo, uname};
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 
-use crate::status;
+use crate::{rcu, status};
 
 /// The clock is left alone when it is off by no more than this.
 const CLOCK_TOLERANCE_NS: u64 = 100_000_000;
@@ -43,6 +43,8 @@ pub(crate) enum Error {
     Read(PathBuf, #[source] io::Error),
     #[error("the guest can have {0} CPUs, not {1}")]
     NoCpu(u32, u32),
+    #[error("expedite RCU grace periods")]
+    Expedite(#[source] io::Error),
     #[error("reset the machine")]
     Reset(#[source] io::Error),
 }
@@ -195,6 +197,11 @@ pub(crate) fn block_device(slot: u32, partition: u32) -> Result<PathBuf, Error> 
 /// # Errors
 /// [`Error::NoCpu`] when the machine has not so many, [`Error::Write`] when one does not come up.
 pub(crate) fn online_cpus(count: u32) -> Result<u32, Error> {
+    rcu::expedited(|| bring_online(count)).map_err(Error::Expedite)??;
+    cpus_online()
+}
+
+fn bring_online(count: u32) -> Result<(), Error> {
     for cpu in 0..count {
         let file = format!("/sys/devices/system/cpu/cpu{cpu}/online");
         // The first processor has no such file when it cannot be taken offline.
@@ -205,7 +212,7 @@ pub(crate) fn online_cpus(count: u32) -> Result<u32, Error> {
             Err(_) => return Err(Error::NoCpu(cpu, count)),
         }
     }
-    cpus_online()
+    Ok(())
 }
 
 /// Writes what disks are to hold, says so on the status port, and resets the machine.

@@ -13,6 +13,7 @@ mod guest;
 mod lifecycle;
 mod log;
 mod process;
+mod rcu;
 mod service;
 mod status;
 mod streams;

@@ -8,7 +8,9 @@ pub mod disk;
 pub mod gpt;
 pub mod request;
 
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY,
+};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use self::disk::Disk;
@@ -24,6 +26,9 @@ const QUEUE_SIZES: [u16; 1] = [128];
 /// Segments of one request: a queue's worth but for the header and the status, in an indirect table. Together with
 /// the kernel's segments of at most 64 KiB it allows requests of megabytes.
 const SEG_MAX: u32 = 126;
+/// The size of a request that pays, in sectors. Linux reads twice as much ahead: 512 KiB instead of 128, since a request costs
+/// two exits and two wake-ups, and what it reads is mostly in the host's page cache.
+const OPT_IO_SIZE: u32 = 512;
 
 /// The device.
 #[derive(Debug)]
@@ -49,7 +54,7 @@ impl VirtioDevice for Block {
 
     fn features(&self) -> u64 {
         let access = if self.disk.is_read_only() { VIRTIO_BLK_F_RO } else { VIRTIO_BLK_F_FLUSH };
-        1 << VIRTIO_BLK_F_SEG_MAX | 1 << access
+        1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_TOPOLOGY | 1 << access
     }
 
     fn queue_sizes(&self) -> &'static [u16] {
@@ -57,8 +62,9 @@ impl VirtioDevice for Block {
     }
 
     fn config(&self) -> Vec<u8> {
-        // capacity, size_max, seg_max
-        [&self.disk.sectors().to_le_bytes()[..], &[0; 4], &SEG_MAX.to_le_bytes()].concat()
+        let capacity = self.disk.sectors().to_le_bytes();
+        // size_max, then seg_max, then geometry, blk_size, physical_block_exp, alignment_offset and min_io_size, then opt_io_size
+        [&capacity[..], &[0; 4], &SEG_MAX.to_le_bytes(), &[0; 12], &OPT_IO_SIZE.to_le_bytes()].concat()
     }
 
     fn process_queue(&mut self, queue: usize, io: &mut DeviceIo<'_>) -> Result<(), DeviceError> {
