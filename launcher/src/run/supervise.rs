@@ -92,7 +92,7 @@ async fn live(
 
     let process = ProcessId::init(&record.id);
     let plan = plan(request, claim, mode)?;
-    let creating = create(request, &storage, &sandbox, &agent, &process, &plan);
+    let creating = create(request, &storage, &agent, &process, &plan);
     let created = tokio::select! {
         created = progress::during("creating the container", creating) => created,
         signal = signals.next() => return Err(interrupted(signal)),
@@ -102,7 +102,9 @@ async fn live(
     }
     timings.mark("container created");
     let raw = if request.terminal && plan.input == Input::Host { Some(RawTerminal::enter()?) } else { None };
-    let attached = Attached::connect(sandbox.socket(), &process, &plan).await?;
+    let attaching = Attached::connect(sandbox.socket(), &process, &plan);
+    let (attached, ()) = tokio::join!(attaching, give_cpus(request, &sandbox, &agent));
+    let attached = attached?;
     // From here on the command may run, and signals are for it.
     if let Err(error) = agent.start_container(&process.container_id).await {
         return Err(explain(&sandbox, error).await);
@@ -170,11 +172,9 @@ fn plan(request: &Request, claim: &Claim, mode: Mode) -> Result<Plan, Failure> {
     Ok(Plan { terminal: request.terminal, input, output: Output { host, log } })
 }
 
-/// Creates the container, and meanwhile gives the machine its CPUs.
 async fn create(
     request: &Request,
     storage: &Storage,
-    sandbox: &Sandbox,
     agent: &Agent,
     process: &ProcessId,
     plan: &Plan,
@@ -187,17 +187,20 @@ async fn create(
         user: request.record.user.clone(),
         ..Default::default()
     };
-    let cpus = async {
-        let added = match request.machine.cpus {
-            1 => Ok(()),
-            count => sandbox.add_cpus(agent, count).await,
-        };
-        // One CPU is enough to run on.
-        if let Err(error) = added {
-            message::warn(&format!("the machine has only one CPU: {}", Failure::from(error)));
-        }
+    agent.create_container(&create).await
+}
+
+/// Gives the machine its CPUs before the command starts, which may count them, and not while the container is created: that is one
+/// thing after another, whose every change to the kernel's page tables would have to wait for the other CPUs.
+async fn give_cpus(request: &Request, sandbox: &Sandbox, agent: &Agent) {
+    let added = match request.machine.cpus {
+        1 => Ok(()),
+        count => sandbox.add_cpus(agent, count).await,
     };
-    tokio::join!(agent.create_container(&create), cpus).0
+    // One CPU is enough to run on.
+    if let Err(error) = added {
+        message::warn(&format!("the machine has only one CPU: {}", Failure::from(error)));
+    }
 }
 
 /// Why a call to the agent failed, as an exit code and in words: the machine's end explains an agent that is gone.
