@@ -13,6 +13,7 @@ use rustix::mount::{MountFlags, mount};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::system::sysinfo;
+use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::container::{DIRECTORY, START_DIRECTORY};
 use crate::{cgroup, rcu};
@@ -33,6 +34,8 @@ pub(crate) enum Error {
     Expedite(#[source] io::Error),
     #[error("open /dev/null as standard input and output")]
     Null(#[source] io::Error),
+    #[error("stay on the first processor")]
+    Processor(#[source] io::Error),
     #[error("protect the agent from the out-of-memory killer")]
     OomScore(#[source] io::Error),
     #[error("create {0}")]
@@ -108,6 +111,12 @@ pub(crate) fn prepare() -> Result<(), Error> {
         // It has become a standard descriptor itself.
         let _ = null.into_raw_fd();
     }
+    // Making a container is one thing after another in several processes. On one processor the next goes on when the last
+    // waits; on two each step is an interrupt to a processor that sleeps, and locks that its holder was preempted with. A
+    // container's own processes are let go before they start.
+    let mut first = CpuSet::new();
+    first.set(0);
+    sched_setaffinity(None, &first).map_err(|error| Error::Processor(error.into()))?;
     fs::write("/proc/self/oom_score_adj", "-1000").map_err(Error::OomScore)?;
     for directory in [DIRECTORY, START_DIRECTORY] {
         fs::create_dir_all(directory).map_err(|error| Error::Directory(directory, error))?;

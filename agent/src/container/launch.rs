@@ -17,7 +17,9 @@ use libcontainer::user_ns::UserNamespaceConfig;
 use oci_spec::runtime::{PosixRlimit, PosixRlimitType, Spec};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::Pid;
 use rustix::termios::{Winsize, tcsetwinsize};
+use rustix::thread::{CpuSet, sched_setaffinity};
 
 use super::program::Program;
 use super::{Prepared, spec};
@@ -77,6 +79,8 @@ impl Launch<'_> {
         log::copy_errors_to(log_end.try_clone().map_err(|error| Error::Prepare("copy a descriptor", error))?);
         let rlimits = spec::take_rlimits(&mut self.spec);
         let memlock = memlock()?;
+        let placed =
+            self.spec.process().as_ref().is_some_and(|process| process.exec_cpu_affinity().is_some());
         self.set_oom_score()?;
         // libcontainer leaves a process that is to have no groups those of its parent.
         // SAFETY: an empty list is read from nowhere.
@@ -145,6 +149,9 @@ impl Launch<'_> {
         let pid = pid.as_raw();
         let finish = || -> Result<Prepared, Error> {
             set_rlimits(pid, &rlimits, memlock)?;
+            if !placed {
+                release(pid)?;
+            }
             let terminal = console.as_ref().map(|(ours, _)| take_terminal(ours, self.stdio)).transpose()?;
             Ok(Prepared { pid, terminal })
         };
@@ -240,6 +247,15 @@ fn set_rlimits(pid: i32, rlimits: &[PosixRlimit], memlock: libc::rlimit) -> Resu
     rlimits.iter().try_for_each(|limit| {
         set(limit.typ(), libc::rlimit { rlim_cur: limit.soft(), rlim_max: limit.hard() })
     })
+}
+
+/// Lets a process that waits to be started run on every processor of its cpuset, those included that are not online yet: it has
+/// inherited the agent's stay on the first.
+fn release(pid: i32) -> Result<(), Error> {
+    let mut all = CpuSet::new();
+    (0..CpuSet::MAX_CPU).for_each(|processor| all.set(processor));
+    sched_setaffinity(Pid::from_raw(pid), &all)
+        .map_err(|error| Error::Prepare("let the process run on every processor", error.into()))
 }
 
 fn resource(kind: PosixRlimitType) -> libc::__rlimit_resource_t {
