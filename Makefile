@@ -1,5 +1,5 @@
 # make demo      set everything up and show the main job          make lab      a shell in the lab, with the binaries in PATH
-# make test      everything that can be tested quickly            make bench    DESIGN's table, with the peers in the same run
+# make test      everything that can be tested quickly            make bench    measure, with the peers in the same run
 # make soak      what takes longer                                make install  DESTDIR= PREFIX=/usr/local
 
 PREFIX  ?= /usr/local

@@ -5,13 +5,15 @@ cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." || exit 1
 target=${CARGO_TARGET_DIR:-$PWD/target}
 stage=$target/stage
 
-# kvm_problem: prints what keeps this machine from running guests itself, or nothing. The check's own exit code says no more.
+# kvm_problem: prints what keeps this machine from running guests itself, or nothing.
 kvm_problem() {
+  local report
   if ((EUID != 0)); then
     echo "not root"
-  else
-    BULKHEAD_LIBEXEC=$stage/usr/local/libexec/bulkhead BULKHEAD_SHARE=$stage/usr/local/share/bulkhead \
-      "$stage/usr/local/bin/bulkhead" check | sed -nE 's/^FAILURE +//p' | head -n 1 || true
+  elif ! report=$(BULKHEAD_LIBEXEC=$stage/usr/local/libexec/bulkhead BULKHEAD_SHARE=$stage/usr/local/share/bulkhead \
+    "$stage/usr/local/bin/bulkhead" check 2>&1); then
+    # The first failure, or what kept the check from running at all.
+    { sed -nE 's/^FAILURE +//p' <<<"$report"; echo "$report"; } | sed -n 1p
   fi
 }
 
@@ -28,10 +30,9 @@ choose_machine() {
   fi
 }
 
-# with_kvm [--bench] COMMAND...: runs a command, given by its path in the stage, where KVM is.
+# with_kvm COMMAND...: runs a command, given by its path in the stage, where KVM is.
 with_kvm() {
   if [[ $where == here ]]; then
-    [[ $1 != --bench ]] || shift
     local command=$1
     shift
     BULKHEAD_PREFIX=$stage/usr/local PATH=$stage/usr/local/bin:$PATH "$stage$command" "$@"
