@@ -1,10 +1,21 @@
-//! What a vCPU is told about itself: what KVM supports, and its own number.
+//! What a vCPU is told about itself: what KVM supports but for virtualization and performance counters, and its own number.
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
 
 use super::layout::VCPUS_MAX;
 
+/// Leaf 1: 64-bit debug store area, VMX, and the MSR that describes the performance counters.
+const ECX_DTES64: u32 = 1 << 2;
+const ECX_VMX: u32 = 1 << 5;
+const ECX_PDCM: u32 = 1 << 15;
+/// Leaf 1: the debug store, to which performance counters write.
+const EDX_DS: u32 = 1 << 21;
+/// Leaf 0x8000_0001.
+const ECX_SVM: u32 = 1 << 2;
+const ECX_PERFCTR_CORE: u32 = 1 << 23;
+/// The counters of Intel (two leaves), SVM, and the counters of AMD. What is left out reads as zero.
+const HIDDEN_LEAVES: [u32; 4] = [0xa, 0x23, 0x8000_000a, 0x8000_0022];
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
 const ECX_HYPERVISOR: u32 = 1 << 31;
 const EDX_HTT: u32 = 1 << 28;
@@ -30,6 +41,7 @@ pub fn supported(kvm: &Kvm) -> Result<CpuId, kvm_ioctls::Error> {
 pub fn for_vcpu(supported: &CpuId, id: u8, tsc_khz: u32) -> Result<CpuId, vmm_sys_util::fam::Error> {
     let mut entries: Vec<kvm_cpuid_entry2> = supported.as_slice().to_vec();
     entries.retain(|entry| entry.function != LEAF_TIMING);
+    hide(&mut entries);
     for entry in &mut entries {
         match entry.function {
             0x1 => {
@@ -59,6 +71,22 @@ pub fn for_vcpu(supported: &CpuId, id: u8, tsc_khz: u32) -> Result<CpuId, vmm_sy
         ..Default::default()
     });
     CpuId::from_entries(&entries)
+}
+
+/// Takes away what no container needs and what would put much more of KVM within the guest's reach: virtual machines in the virtual
+/// machine, and performance counters.
+pub fn hide(entries: &mut Vec<kvm_cpuid_entry2>) {
+    entries.retain(|entry| !HIDDEN_LEAVES.contains(&entry.function));
+    for entry in entries {
+        match entry.function {
+            0x1 => {
+                entry.ecx &= !(ECX_DTES64 | ECX_VMX | ECX_PDCM);
+                entry.edx &= !EDX_DS;
+            }
+            0x8000_0001 => entry.ecx &= !(ECX_SVM | ECX_PERFCTR_CORE),
+            _ => {}
+        }
+    }
 }
 
 /// Extended topology: one thread a core, and every core in one package.
@@ -94,5 +122,40 @@ mod tests {
         assert_eq!((find(0xb, 0).edx, find(0xb, 1).edx), (3, 3));
         assert_eq!(find(LEAF_TIMING, 0).eax, 2_500_000);
         assert!(find(LEAF_KVM, 0).eax >= LEAF_TIMING);
+    }
+    fn guest_of(host: &[kvm_cpuid_entry2]) -> Vec<kvm_cpuid_entry2> {
+        for_vcpu(&CpuId::from_entries(host).unwrap(), 0, 2_500_000).unwrap().as_slice().to_vec()
+    }
+
+    /// A leaf with every bit set.
+    fn full(function: u32) -> kvm_cpuid_entry2 {
+        let (eax, ebx, ecx, edx) = (u32::MAX, u32::MAX, u32::MAX, u32::MAX);
+        kvm_cpuid_entry2 { function, eax, ebx, ecx, edx, ..Default::default() }
+    }
+
+    #[test]
+    fn a_guest_cannot_virtualize() {
+        let guest = guest_of(&[full(0x1), full(0x8000_0001), full(0x8000_000a)]);
+        assert_eq!(guest[0].ecx & 1 << 5, 0, "VMX");
+        assert_eq!(guest[1].ecx & 1 << 2, 0, "SVM");
+        assert!(guest.iter().all(|entry| entry.function != 0x8000_000a), "what SVM can do");
+    }
+
+    #[test]
+    fn a_guest_has_no_performance_counters() {
+        let guest = guest_of(&[full(0x1), full(0xa), full(0x23), full(0x8000_0001), full(0x8000_0022)]);
+        let functions: Vec<u32> = guest.iter().map(|entry| entry.function).collect();
+        assert_eq!(functions, [0x1, 0x8000_0001, LEAF_TIMING]);
+        assert_eq!((guest[0].ecx & (1 << 2 | 1 << 15), guest[0].edx & 1 << 21), (0, 0), "DTES64, PDCM, DS");
+        assert_eq!(guest[1].ecx & 1 << 23, 0, "PerfCtrExtCore");
+    }
+
+    #[test]
+    fn nothing_else_is_hidden() {
+        let guest = guest_of(&[full(0x1), full(0x7), full(0xd), full(0x8000_0001)]);
+        assert_eq!(guest[0].ecx, !(1 << 2 | 1 << 5 | 1 << 15));
+        assert_eq!(guest[0].edx, !(1 << 21));
+        assert_eq!((guest[1], guest[2]), (full(0x7), full(0xd)));
+        assert_eq!(guest[3].ecx, !(1 << 2 | 1 << 23));
     }
 }

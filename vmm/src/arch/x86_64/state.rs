@@ -10,8 +10,12 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
+use super::cpuid;
+
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// What Intel's performance counters can do. KVM shows the host's value to us even if the guest has none, and refuses to take it back.
+const MSR_PERF_CAPABILITIES: u32 = 0x345;
 /// 32-bit words of XSAVE state before `KVM_CAP_XSAVE2`.
 const XSAVE_WORDS: usize = 1024;
 /// A TSC that differs by less than this is the same (`KVM_SET_TSC_KHZ` allows 250 ppm).
@@ -57,7 +61,8 @@ pub struct VcpuState {
 /// # Errors
 /// When KVM cannot list them.
 pub fn msr_list(kvm_fd: &Kvm) -> Result<Vec<u32>, StateError> {
-    Ok(kvm("KVM_GET_MSR_INDEX_LIST", kvm_fd.get_msr_index_list())?.as_slice().to_vec())
+    let list = kvm("KVM_GET_MSR_INDEX_LIST", kvm_fd.get_msr_index_list())?;
+    Ok(list.as_slice().iter().copied().filter(|index| *index != MSR_PERF_CAPABILITIES).collect())
 }
 
 /// Bytes of a vCPU's XSAVE state on this host.
@@ -97,8 +102,11 @@ impl VcpuState {
         if difference > u64::from(host_khz) * TSC_TOLERANCE_PPM {
             kvm("KVM_SET_TSC_KHZ", vcpu.set_tsc_khz(self.tsc_khz))?;
         }
+        let mut entries = self.cpuid.clone();
+        // No file gives a guest what a boot does not.
+        cpuid::hide(&mut entries);
         let cpuid =
-            CpuId::from_entries(&self.cpuid).map_err(|_| StateError::Invalid("too many CPUID leaves"))?;
+            CpuId::from_entries(&entries).map_err(|_| StateError::Invalid("too many CPUID leaves"))?;
         // CPUID first: it decides which of the rest is allowed.
         kvm("KVM_SET_CPUID2", vcpu.set_cpuid2(&cpuid))?;
         kvm("KVM_SET_MP_STATE", vcpu.set_mp_state(self.mp_state))?;
