@@ -9,6 +9,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use bulkhead_vmm::control::socket::{ControlSocket, SocketError};
+use nix::errno::Errno;
+use nix::libc;
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, geteuid, pidfd_open};
@@ -35,6 +37,9 @@ pub enum VmmError {
     /// It does not start.
     #[error("cannot start {0}: install Bulkhead completely, or say where it is with BULKHEAD_LIBEXEC")]
     Spawn(PathBuf, #[source] io::Error),
+    /// The kernel cannot keep the caller's descriptors from it.
+    #[error("cannot keep this program's descriptors from the VMM: it takes Linux 5.11 or later")]
+    Kernel(#[source] io::Error),
 }
 
 /// How a VMM is locked up.
@@ -69,10 +74,13 @@ impl VmmProcess {
         command.arg("--control-fd").arg(theirs.as_raw_fd().to_string()).env_clear().process_group(0);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(their_stderr);
         let control = theirs.as_raw_fd();
-        // SAFETY: the closure runs in the forked child and makes one system call, on a descriptor that the child has a
-        // copy of: the parent closes its own only after `spawn` has returned.
+        // SAFETY: the closure runs in the forked child and makes two system calls, the second on a descriptor that the child
+        // has a copy of: the parent closes its own only after `spawn` has returned.
         unsafe {
-            command.pre_exec(move || Ok(fcntl_setfd(BorrowedFd::borrow_raw(control), FdFlags::empty())?));
+            command.pre_exec(move || {
+                close_all_on_exec()?;
+                Ok(fcntl_setfd(BorrowedFd::borrow_raw(control), FdFlags::empty())?)
+            });
         }
         let lease = jail.uid.filter(|_| geteuid().is_root());
         if let Some(lease) = lease {
@@ -80,7 +88,12 @@ impl VmmProcess {
             command.args(["--uid", &uid, "--gid", &uid, "--root"]).arg(jail.root);
             command.stdout(lease.file().try_clone().map_err(VmmError::Setup)?);
         }
-        let mut spawn = || command.spawn().map_err(|e| VmmError::Spawn(executable.to_owned(), e));
+        let mut spawn = || {
+            command.spawn().map_err(|e| match e.raw_os_error() {
+                Some(libc::ENOSYS | libc::EINVAL) => VmmError::Kernel(e),
+                _ => VmmError::Spawn(executable.to_owned(), e),
+            })
+        };
         let child = if lease.is_some() { in_new_pid_namespace(spawn)? } else { spawn()? };
         drop(theirs);
         Ok((Self { child, stderr: stderr.into() }, ours))
@@ -113,6 +126,14 @@ impl Drop for VmmProcess {
         let _ = self.child.kill();
         let _ = self.child.try_wait();
     }
+}
+
+/// Has `exec` close every descriptor but the standard ones, among them those that whoever started this program forgot. Safe in a
+/// forked child.
+fn close_all_on_exec() -> io::Result<()> {
+    // SAFETY: takes integers, touches no memory.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    Ok(Errno::result(result).map(drop)?)
 }
 
 /// Runs `spawn`, whose child is born into a pid namespace of its own, so that it can neither see nor signal anyone.
@@ -172,6 +193,20 @@ mod tests {
     #[tokio::test]
     async fn it_gets_no_environment_and_its_own_process_group() {
         let (_dir, spawned) = spawn("[ -z \"$CARGO_MANIFEST_DIR\" ] && [ $(ps -o pgid= $$) = $$ ] && exit 7");
+        let (mut process, _socket) = spawned.unwrap();
+        let (status, message) = process.post_mortem(Duration::from_mins(1)).await;
+        assert_eq!(status.unwrap().code(), Some(7), "{message}");
+    }
+
+    #[tokio::test]
+    async fn it_inherits_no_descriptor_but_its_own() {
+        let null = File::open("/dev/null").unwrap();
+        // A high number, which the shell does not use for itself.
+        let leaked = rustix::io::fcntl_dupfd_cloexec(&null, 100).unwrap();
+        fcntl_setfd(&leaked, FdFlags::empty()).unwrap();
+        let script =
+            format!("[ -e /proc/self/fd/$2 ] && [ ! -e /proc/self/fd/{} ] && exit 7", leaked.as_raw_fd());
+        let (_dir, spawned) = spawn(&script);
         let (mut process, _socket) = spawned.unwrap();
         let (status, message) = process.post_mortem(Duration::from_mins(1)).await;
         assert_eq!(status.unwrap().code(), Some(7), "{message}");
