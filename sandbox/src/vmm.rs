@@ -61,7 +61,8 @@ pub struct VmmProcess {
 impl VmmProcess {
     /// Starts the VMM. It has no environment, its own process group (a terminal's ^C is not for it) and four descriptors: the
     /// control socket, `/dev/null` as standard input, the uid's lock as standard output, a pipe that never blocks as standard
-    /// error. In a jail it is also the first process of a pid namespace.
+    /// error. In a jail it is also the first process of a pid namespace, and killed when the calling thread ends: call this
+    /// from one that lives as long as the process.
     ///
     /// # Errors
     /// [`VmmError`] when the executable cannot be run or the system is out of descriptors or processes.
