@@ -32,7 +32,7 @@ pub enum End {
     },
     /// The VMM ended without saying why.
     VmmEnded {
-        /// Its exit code, if it is known.
+        /// Its exit code. Unknown of one that is still being torn down, which may also have been killed.
         code: Option<i32>,
         /// The last that it wrote to its standard error, fit for a terminal.
         message: String,
@@ -89,7 +89,9 @@ impl fmt::Display for End {
             Self::VmmEnded { code: Some(code), message } if message.is_empty() => {
                 write!(f, "the VMM ended with code {code}")
             }
-            Self::VmmEnded { message, .. } if message.is_empty() => f.write_str("the VMM ended"),
+            Self::VmmEnded { code: None, message } if message.is_empty() => {
+                f.write_str("the VMM ended without a word; if it was killed, the kernel's log may tell why")
+            }
             Self::VmmEnded { message, .. } => write!(f, "the VMM ended: {message}"),
         }
     }
@@ -125,6 +127,7 @@ mod tests {
         assert!(confined.to_string().contains("SIGSYS"), "{confined}");
         let ended = Evidence::default().conclude((Some(ExitStatus::from_raw(1 << 8)), "no /dev/kvm".into()));
         assert_eq!(ended.to_string(), "the VMM ended: no /dev/kvm");
-        assert_eq!(Evidence::default().conclude((None, String::new())).to_string(), "the VMM ended");
+        let unknown = Evidence::default().conclude((None, String::new())).to_string();
+        assert!(unknown.starts_with("the VMM ended without a word"), "{unknown}");
     }
 }

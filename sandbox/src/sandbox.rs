@@ -24,8 +24,9 @@ use crate::vmm::{Jail, VmmError, VmmProcess};
 
 /// How long a guest may take until its agent is ready.
 const BOOT_TIMEOUT: Duration = Duration::from_mins(1);
-/// How long a VMM that has closed its control socket may take to be gone: a busy host tears the machine down first.
-pub const DEATH_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long a VMM that has closed its control socket may take to be gone. That it ends is certain by then, and told after this; how it
+/// ended only if the host has torn the machine down in time.
+pub const DEATH_TIMEOUT: Duration = Duration::from_secs(1);
 /// Lines of the console that go with a failure.
 const CONSOLE_LINES: usize = 20;
 /// The guest's context id. Each VMM has a device of its own, so all guests may have the same.

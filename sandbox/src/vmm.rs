@@ -192,6 +192,15 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_vmm_that_is_not_gone_in_time_has_its_message_told_without_its_status() {
+        let (_dir, spawned) = spawn("echo last >&2; exec sleep 600");
+        let (mut process, _socket) = spawned.unwrap();
+        rustix::event::poll(&mut [PollFd::new(&process.stderr, PollFlags::IN)], None).unwrap();
+        let (status, message) = process.post_mortem(Duration::from_millis(1)).await;
+        assert_eq!((status, message.as_str()), (None, "last"));
+    }
+
+    #[tokio::test]
     async fn it_gets_no_environment_and_its_own_process_group() {
         let (_dir, spawned) = spawn("[ -z \"$CARGO_MANIFEST_DIR\" ] && [ $(ps -o pgid= $$) = $$ ] && exit 7");
         let (mut process, _socket) = spawned.unwrap();

@@ -65,7 +65,9 @@ fn vmm_killed() -> Result {
     let output = child.wait_with_output()?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure(output.status.code() == Some(125), || format!("{}: {said}", output.status))?;
-    ensure(said.contains("killed"), || said)?;
+    // A busy host may take longer to tear the machine down than the launcher waits to learn of the signal.
+    let told = ["the VMM was killed by signal 9", "the VMM ended without a word"];
+    ensure(told.iter().any(|told| said.contains(told)), || said)?;
     eventually("the container is gone", || {
         Ok(!String::from_utf8_lossy(&bulkhead(["ps", "-a"]).output()?.stdout).contains("beheaded"))
     })
