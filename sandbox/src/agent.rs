@@ -8,15 +8,13 @@ use std::time::Duration;
 
 use bulkhead_protocol::agent::GuestDetails;
 use bulkhead_protocol::agent_ttrpc::AgentClient;
-use bulkhead_protocol::limits::{
-    CALL_TIMEOUT_S, CONTROL_PORT, CREATE_TIMEOUT_S, ERROR_TEXT_MAX, PROTOCOL_VERSION,
-};
+use bulkhead_protocol::limits::{CALL_TIMEOUT_S, CONTROL_PORT, CREATE_TIMEOUT_S, PROTOCOL_VERSION};
 use tokio::time::timeout;
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
 
-use crate::console::escape;
+use crate::console::excerpt;
 use crate::vsock;
 
 pub use bulkhead_protocol::agent as messages;
@@ -221,11 +219,10 @@ async fn within<T>(seconds: u64, call: impl Future<Output = ttrpc::Result<T>>) -
 }
 
 fn error(error: ttrpc::Error) -> AgentError {
-    let shown = |text: &str| escape(&text.as_bytes()[..text.len().min(ERROR_TEXT_MAX)]);
     match error {
         ttrpc::Error::RpcStatus(status) => {
-            AgentError::Refused { code: status.code.enum_value_or_default(), text: shown(&status.message) }
+            AgentError::Refused { code: status.code.enum_value_or_default(), text: excerpt(&status.message) }
         }
-        other => AgentError::Lost(shown(&other.to_string())),
+        other => AgentError::Lost(excerpt(&other.to_string())),
     }
 }

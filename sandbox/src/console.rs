@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 
+use bulkhead_protocol::limits::ERROR_TEXT_MAX;
 use bulkhead_vmm::console_ring::{FILE_SIZE, read};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
@@ -63,6 +64,11 @@ pub fn escape(bytes: &[u8]) -> String {
         .flat_map(|byte| if printable(byte) { vec![*byte] } else { byte.escape_ascii().collect() })
         .map(char::from)
         .collect()
+}
+
+/// Words from the guest or the VMM, cut and made fit for a terminal.
+pub(crate) fn excerpt(text: &str) -> String {
+    escape(&text.as_bytes()[..text.len().min(ERROR_TEXT_MAX)])
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
-use crate::console::escape;
+use crate::console::excerpt;
 use crate::watch::watch_owner;
 
 /// Why a request was not answered as hoped.
@@ -97,7 +97,7 @@ impl Control {
         }
         match receiver.await {
             Ok(Ok(reply)) => Ok(reply),
-            Ok(Err(why)) => Err(ControlError::Refused { what, why: escape(why.as_bytes()) }),
+            Ok(Err(why)) => Err(ControlError::Refused { what, why: excerpt(&why) }),
             Err(_) => Err(SocketError::Closed.into()),
         }
     }

@@ -7,6 +7,8 @@ use std::process::ExitStatus;
 use bulkhead_protocol::status;
 use bulkhead_vmm::control::message::Exit;
 
+use crate::console::excerpt;
+
 /// What a violated seccomp filter kills with, on x86 and ARM.
 const SIGSYS: i32 = 31;
 
@@ -21,7 +23,7 @@ pub enum End {
     Panic,
     /// The guest's kernel lost control: a triple fault.
     TripleFault,
-    /// KVM could not go on.
+    /// KVM could not go on, in the VMM's words, fit for a terminal.
     Kvm(String),
     /// The VMM was killed.
     VmmKilled {
@@ -56,7 +58,7 @@ impl Evidence {
             (Some(Exit::Reset | Exit::TripleFault), Some(status::FAILED)) => End::AgentFailed,
             (Some(Exit::Reset), _) => End::Panic,
             (Some(Exit::TripleFault), _) => End::TripleFault,
-            (Some(Exit::Kvm(text)), _) => End::Kvm(text),
+            (Some(Exit::Kvm(text)), _) => End::Kvm(excerpt(&text)),
             (None, _) => {
                 let (status, message) = vmm;
                 match status.and_then(|status| status.signal()) {
@@ -113,6 +115,13 @@ mod tests {
         assert_eq!(conclude(Some(Exit::Reset), None), End::Panic);
         assert_eq!(conclude(Some(Exit::TripleFault), Some(status::READY)), End::TripleFault);
         assert_eq!(conclude(Some(Exit::Kvm("x".into())), None), End::Kvm("x".into()));
+    }
+
+    #[test]
+    fn a_vmm_that_was_taken_over_cannot_write_to_the_terminal() {
+        let text = format!("\x1b[2J{}", "x".repeat(1 << 20));
+        let End::Kvm(shown) = conclude(Some(Exit::Kvm(text)), None) else { panic!("another end") };
+        assert!(shown.starts_with("\\x1b[2Jxxx") && shown.len() < 5000, "{} bytes", shown.len());
     }
 
     #[test]
