@@ -137,15 +137,20 @@ pub async fn make_scratch(path: &Path, size: Size) -> Result<File, StorageError>
     let mut command = Command::new("mke2fs");
     command.args(["-q", "-F", "-t", "ext4", "-m", "0", "-O", "^has_journal,^resize_inode"]);
     command.args(["-E", "lazy_itable_init=1,nodiscard,root_owner=0:0"]).arg(path).kill_on_drop(true);
-    // A user's PATH often lacks the directories of the administrator's tools.
-    let programs = std::env::var("PATH").unwrap_or_default();
-    command.env_clear().env("PATH", format!("{programs}:/usr/sbin:/sbin"));
+    command.env_clear().env("PATH", search_path(&std::env::var("PATH").unwrap_or_default()));
     let output = command.output().await.map_err(StorageError::NoMke2fs)?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(output.stderr.trim_ascii()).replace('\n', "; ");
         return Err(StorageError::Mke2fs { path: path.to_owned(), said });
     }
     Ok(file)
+}
+
+/// Where `mke2fs`, which may run as root, is looked for: in the system's directories, of which a user's PATH often lacks those of the
+/// administrator's tools, then in the user's. An element that is not absolute, such as an empty one, would be the current directory's.
+fn search_path(users: &str) -> String {
+    let system = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"].into_iter();
+    system.chain(users.split(':').filter(|element| element.starts_with('/'))).collect::<Vec<_>>().join(":")
 }
 
 #[cfg(test)]
@@ -198,6 +203,13 @@ mod tests {
         let many = vec![PathBuf::from("x"); LAYERS_MAX + 1];
         assert!(matches!(plan(&many, Upper::None), Err(StorageError::Layers(_))));
         assert!(matches!(plan(&["/nonexistent".into()], Upper::None), Err(StorageError::Layer(_))));
+    }
+
+    #[test]
+    fn tools_are_looked_for_in_the_system_first_and_never_in_the_current_directory() {
+        let system = "/usr/sbin:/usr/bin:/sbin:/bin";
+        assert_eq!(search_path(""), system);
+        assert_eq!(search_path(":/opt/bin::bin:.:"), format!("{system}:/opt/bin"));
     }
 
     #[tokio::test]
