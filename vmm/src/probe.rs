@@ -8,10 +8,12 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::memory::{self, MEMORY_MIN_MIB, MemoryError};
 
-/// Every capability of KVM that the VMM uses, by name.
-pub const REQUIRED: [(&str, Cap); 16] = [
+/// Every capability of KVM that the VMM uses, by name. `KVM_CAP_TSC_CONTROL` is none of them: without it a saved machine is only restored
+/// where the TSC is as fast.
+pub const REQUIRED: [(&str, Cap); 20] = [
     ("KVM_CAP_IRQCHIP", Cap::Irqchip),
     ("KVM_CAP_USER_MEMORY", Cap::UserMemory),
+    ("KVM_CAP_SYNC_MMU", Cap::SyncMmu),
     ("KVM_CAP_SET_TSS_ADDR", Cap::SetTssAddr),
     ("KVM_CAP_SET_IDENTITY_MAP_ADDR", Cap::SetIdentityMapAddr),
     ("KVM_CAP_EXT_CPUID", Cap::ExtCpuid),
@@ -21,10 +23,13 @@ pub const REQUIRED: [(&str, Cap); 16] = [
     ("KVM_CAP_READONLY_MEM", Cap::ReadonlyMem),
     ("KVM_CAP_IMMEDIATE_EXIT", Cap::ImmediateExit),
     ("KVM_CAP_GET_TSC_KHZ", Cap::GetTscKhz),
+    ("KVM_CAP_TSC_DEADLINE_TIMER", Cap::TscDeadlineTimer),
+    ("KVM_CAP_KVMCLOCK_CTRL", Cap::KvmclockCtrl),
     ("KVM_CAP_ADJUST_CLOCK", Cap::AdjustClock),
     ("KVM_CAP_VCPU_EVENTS", Cap::VcpuEvents),
     ("KVM_CAP_DEBUGREGS", Cap::Debugregs),
     ("KVM_CAP_XSAVE", Cap::Xsave),
+    ("KVM_CAP_XSAVE2", Cap::Xsave2),
     ("KVM_CAP_XCRS", Cap::Xcrs),
 ];
 
