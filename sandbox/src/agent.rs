@@ -4,11 +4,12 @@
 use std::future::Future;
 use std::io;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bulkhead_protocol::agent::GuestDetails;
 use bulkhead_protocol::agent_ttrpc::AgentClient;
 use bulkhead_protocol::limits::{CALL_TIMEOUT_S, CONTROL_PORT, CREATE_TIMEOUT_S, PROTOCOL_VERSION};
+use rustix::rand::{GetRandomFlags, getrandom};
 use tokio::time::timeout;
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
@@ -20,12 +21,18 @@ use crate::vsock;
 pub use bulkhead_protocol::agent as messages;
 pub use ttrpc::Code;
 
+/// Bytes of entropy that a restored guest gets: what Linux's generator holds, twice.
+const SEED_LEN: usize = 64;
+
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
     /// No connection.
     #[error("cannot connect to the agent in the guest")]
     Connect(#[source] io::Error),
+    /// No entropy for the guest.
+    #[error("cannot get random numbers for the guest")]
+    Random(#[source] io::Error),
     /// No answer in time.
     #[error("the agent in the guest does not answer within {0:?}")]
     Timeout(Duration),
@@ -86,6 +93,31 @@ impl Agent {
     /// What the agent said of the guest when the connection was made.
     pub fn details(&self) -> &GuestDetails {
         &self.details
+    }
+
+    /// Tells a restored guest what sets it apart from every other one of the same saved machine: entropy of its own, and the time. Until
+    /// then nothing of a tenant may run in it.
+    ///
+    /// # Errors
+    /// [`AgentError`], as for every call.
+    pub async fn introduce(&self) -> Result<(), AgentError> {
+        let mut seed = vec![0; SEED_LEN];
+        let filled = getrandom(&mut seed[..], GetRandomFlags::empty());
+        filled.map_err(|errno| AgentError::Random(errno.into()))?;
+        let request = messages::AddEntropyRequest { seed, ..Default::default() };
+        within(CALL_TIMEOUT_S, self.client.add_entropy(Context::default(), &request)).await?;
+        self.set_clock().await
+    }
+
+    /// Tells the guest the time. Its clock stands still while the host is suspended; the agent steps it only when it is off by much.
+    ///
+    /// # Errors
+    /// [`AgentError`], as for every call.
+    pub async fn set_clock(&self) -> Result<(), AgentError> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let realtime_ns = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
+        let request = messages::SetClockRequest { realtime_ns, ..Default::default() };
+        within(CALL_TIMEOUT_S, self.client.set_clock(Context::default(), &request)).await.map(drop)
     }
 
     /// Brings CPUs online that the VMM has made.
@@ -224,5 +256,65 @@ fn error(error: ttrpc::Error) -> AgentError {
             AgentError::Refused { code: status.code.enum_value_or_default(), text: excerpt(&status.message) }
         }
         other => AgentError::Lost(excerpt(&other.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use bulkhead_protocol::agent_ttrpc::{Agent as Service, create_agent};
+    use bulkhead_protocol::limits::SEED_MAX;
+    use messages::{AddEntropyRequest, Empty, SetClockRequest, SetClockResponse};
+    use ttrpc::asynchronous::{Server, TtrpcContext};
+
+    use super::*;
+
+    /// Keeps what it is told.
+    #[derive(Default)]
+    struct Listener {
+        seeds: Mutex<Vec<Vec<u8>>>,
+        clock: Mutex<u64>,
+    }
+
+    #[async_trait::async_trait]
+    impl Service for Listener {
+        async fn add_entropy(&self, _: &TtrpcContext, request: AddEntropyRequest) -> ttrpc::Result<Empty> {
+            self.seeds.lock().unwrap().push(request.seed);
+            Ok(Empty::new())
+        }
+
+        async fn set_clock(
+            &self,
+            _: &TtrpcContext,
+            request: SetClockRequest,
+        ) -> ttrpc::Result<SetClockResponse> {
+            *self.clock.lock().unwrap() = request.realtime_ns;
+            Ok(SetClockResponse::new())
+        }
+    }
+
+    #[tokio::test]
+    async fn every_guest_is_introduced_with_a_seed_of_its_own_and_the_time() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("agent");
+        let listener = Arc::new(Listener::default());
+        let mut server = Server::new()
+            .bind(&format!("unix://{}", path.display()))
+            .unwrap()
+            .register_service(create_agent(Arc::clone(&listener) as Arc<dyn Service + Send + Sync>));
+        server.start().await.unwrap();
+        let stream = tokio::net::UnixStream::connect(&path).await.unwrap();
+        let client = AgentClient::new(Client::new(Socket::from(stream)));
+        let agent = Agent { client, details: GuestDetails::new() };
+
+        let now_ns = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos();
+        let before = now_ns();
+        agent.introduce().await.unwrap();
+        agent.introduce().await.unwrap();
+        assert!((before..=now_ns()).contains(&u128::from(*listener.clock.lock().unwrap())));
+        let seeds = listener.seeds.lock().unwrap();
+        assert!(seeds.iter().all(|seed| seed.len() == SEED_LEN && seed.len() <= SEED_MAX));
+        assert!(seeds.len() == 2 && seeds[0] != seeds[1]);
     }
 }

@@ -18,7 +18,10 @@ use crate::trial;
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
         trial("snapshot: the saved machine goes on, and so do two that are restored from it", restored_twice),
-        trial("snapshot: a container runs in each of two restored machines, side by side", containers),
+        trial(
+            "snapshot: a container runs in each of two restored machines, with random numbers of its own",
+            containers,
+        ),
         trial("snapshot: what is cut, damaged or of another version is refused before it runs", refused),
         trial("snapshot: a running machine is not saved", running),
     ]
@@ -64,9 +67,10 @@ fn containers() -> Result {
     let sockets = clones.each_ref().map(Vm::vsock_path);
     block_on(async {
         let agents = [Agent::connect(&sockets[0]).await?, Agent::connect(&sockets[1]).await?];
-        let script = "echo here; read line; echo $line; exit 3";
+        let script = "echo here; read line; cat /proc/sys/kernel/random/uuid; echo $line; exit 3";
         let mut containers = Vec::new();
         for (agent, socket) in agents.iter().zip(&sockets) {
+            agent.introduce().await?;
             for (slot, _) in &storage.disks {
                 agent.bind_slot(*slot).await?;
             }
@@ -75,11 +79,14 @@ fn containers() -> Result {
         for container in &mut containers {
             container.says("here\n").await?;
         }
+        let mut random = Vec::new();
         for (container, line) in containers.into_iter().zip(["first\n", "second\n"]) {
             let (code, said) = container.finish(line).await?;
-            ensure((code, said.as_str()) == (3, line), || format!("{code}: {said:?}"))?;
+            let (uuid, echoed) = said.split_once('\n').unwrap_or_default();
+            ensure((code, uuid.len(), echoed) == (3, 36, line), || format!("{code}: {said:?}"))?;
+            random.push(uuid.to_owned());
         }
-        Ok(())
+        ensure(random[0] != random[1], || format!("both clones made the same random number: {random:?}"))
     })
 }
 
