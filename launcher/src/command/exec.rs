@@ -42,6 +42,10 @@ async fn run(args: &ExecArgs, registry: &Registry, container: &Container) -> Res
         None => Failure::from(error).context(&format!("container {} cannot be reached", record.name)),
     };
     let agent = Agent::connect(&socket).await.map_err(gone)?;
+    // A host that was suspended has left its guests behind. A wrong clock is no reason to run nothing.
+    if let Err(error) = agent.set_clock().await {
+        tracing::warn!(%error, "the guest's clock is not set");
+    }
     let command = match &args.command[..] {
         [first, rest @ ..] if first == "--" && !rest.is_empty() => rest,
         command => command,
