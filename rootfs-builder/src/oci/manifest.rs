@@ -11,6 +11,10 @@ pub(super) const NESTING_MAX: usize = 4;
 /// Manifests that one source may list.
 pub(super) const MANIFESTS_MAX: usize = 1000;
 
+/// Layers of an image: what the partitions of a container's disk can hold, so that no image is converted which then does
+/// not start. Docker's own limit is 127.
+pub(super) const LAYERS_MAX: usize = 128;
+
 /// What a descriptor points at.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Target {
@@ -166,6 +170,9 @@ pub(super) fn found_image(
 ) -> Result<FoundImage, Error> {
     let parsed: ImageConfiguration = parse(&id.to_string(), "image configuration", &config)?;
     let diff_ids = parsed.rootfs().diff_ids();
+    if diff_ids.len() > LAYERS_MAX {
+        return Err(Error::TooManyLayers { config: id, layers: diff_ids.len(), limit: LAYERS_MAX });
+    }
     if diff_ids.len() != blobs.len() {
         return Err(Error::LayerCount { config: id, diff_ids: diff_ids.len(), layers: blobs.len() });
     }

@@ -118,6 +118,16 @@ pub enum Error {
         /// Layers in the manifest.
         layers: usize,
     },
+    /// More layers than a container can have.
+    #[error("the image {config} has {layers} layers, more than the {limit} possible; squash it into fewer")]
+    TooManyLayers {
+        /// Digest of the configuration.
+        config: Digest,
+        /// How many it has.
+        layers: usize,
+        /// How many it may have.
+        limit: usize,
+    },
     /// A digest that is none, or of an unknown algorithm.
     #[error("{name} has the digest {digest:?}; only sha256 digests are supported")]
     Digest {

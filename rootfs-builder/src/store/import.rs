@@ -9,8 +9,8 @@ use rustix::fs::FlockOperation;
 use super::index::{ImageRecord, LayerRecord};
 use super::reference::normalise;
 use super::work::Work;
-use super::{Error, Image, LayerError, Store, check_layer, failed, sync_directory};
-use crate::erofs::{Builder, Options};
+use super::{Error, Image, LayerError, Space, Store, check_layer, failed, sync_directory};
+use crate::erofs::{self, Builder, Options};
 use crate::oci::{Digest, FileError, FoundImage, FoundLayer, Hashing, ImageSource, Source, decompress};
 use crate::tar;
 
@@ -140,11 +140,15 @@ impl Importer<'_> {
             let path = self.work.path().join(layer.diff_id.hex());
             let record = match self.cached(layer, &path)? {
                 Some(record) => record,
-                None => self.convert(layer, &path, phase, progress).map_err(|source| Error::Layer {
-                    layer: layer.name.clone(),
-                    from: self.from.into(),
-                    source: Box::new(source),
-                })?,
+                // Asked anew for each: the layers before have taken their part, and others write too.
+                None => Space::of(self.work.path())
+                    .map_err(LayerError::Space)
+                    .and_then(|space| self.convert(layer, &path, space, phase, progress))
+                    .map_err(|source| Error::Layer {
+                        layer: layer.name.clone(),
+                        from: self.from.into(),
+                        source: Box::new(source),
+                    })?,
             };
             self.ready.push(Ready { diff_id: layer.diff_id.clone(), path, record });
         }
@@ -168,6 +172,26 @@ impl Importer<'_> {
         &mut self,
         layer: &FoundLayer,
         path: &Path,
+        space: Space,
+        phase: Phase,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<LayerRecord, LayerError> {
+        let limit = self.store.limits.archive_bytes;
+        let converted = self.convert_within(layer, path, limit.min(space.usable()), phase, progress);
+        converted.map_err(|error| {
+            if space.usable() < limit && is_full(&error) {
+                LayerError::NoSpace { path: self.store.root.clone(), space }
+            } else {
+                error
+            }
+        })
+    }
+
+    fn convert_within(
+        &mut self,
+        layer: &FoundLayer,
+        path: &Path,
+        max_size: u64,
         phase: Phase,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<LayerRecord, LayerError> {
@@ -175,10 +199,10 @@ impl Importer<'_> {
         if let Some((_, expected)) = layer.blob.as_ref().filter(|(_, expected)| *expected != size) {
             return Err(FileError::Size { expected: *expected, actual: size }.into());
         }
-        let options = Options { uuid: uuid(&layer.diff_id), max_size: self.store.limits.archive_bytes };
+        let options = Options { uuid: uuid(&layer.diff_id), max_size };
         let output = File::options().create_new(true).read(true).write(true).open(path);
-        let output = output.map_err(crate::erofs::Error::Write)?;
-        let scratch = tempfile::tempfile_in(self.work.path()).map_err(crate::erofs::Error::Scratch)?;
+        let output = output.map_err(erofs::Error::Write)?;
+        let scratch = tempfile::tempfile_in(self.work.path()).map_err(erofs::Error::Scratch)?;
         let mut builder = Builder::new(output, scratch, options)?;
 
         // One byte more than announced is enough to know that the blob is too long.
@@ -201,8 +225,22 @@ impl Importer<'_> {
             return Err(LayerError::DiffId { expected: layer.diff_id.clone(), actual: diff_id });
         }
         let (file, summary) = builder.finish()?;
-        Ok(LayerRecord { size: summary.size, digest: digest_of(&file).map_err(crate::erofs::Error::Write)? })
+        Ok(LayerRecord { size: summary.size, digest: digest_of(&file).map_err(erofs::Error::Write)? })
     }
+}
+
+/// Whether an image met its limit.
+fn is_full(error: &LayerError) -> bool {
+    use erofs::Error::TooLarge;
+    use tar::{EntryError, Error};
+    matches!(
+        error,
+        LayerError::Image(TooLarge { .. })
+            | LayerError::Archive(
+                Error::Image(TooLarge { .. })
+                    | Error::Entry { source: EntryError::Image(TooLarge { .. }), .. }
+            )
+    )
 }
 
 fn check_blob(layer: &FoundLayer, size: u64, digest: &Digest, length: u64) -> Result<(), FileError> {
@@ -256,5 +294,71 @@ impl<R: Read> Read for Watched<'_, R> {
         self.done += count as u64;
         (self.progress)(Progress { phase: self.phase, done: self.done, total: self.total });
         Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::oci;
+
+    struct One(Vec<u8>);
+
+    impl ImageSource for One {
+        fn images(&mut self) -> Result<Vec<FoundImage>, oci::Error> {
+            Ok(Vec::new())
+        }
+
+        fn open_layer(&mut self, _: &FoundLayer) -> Result<(Box<dyn Read>, u64), oci::Error> {
+            Ok((Box::new(io::Cursor::new(self.0.clone())), self.0.len() as u64))
+        }
+    }
+
+    /// A tar of one file with so many bytes.
+    fn archive(bytes: usize) -> Vec<u8> {
+        let mut header = [0; 512];
+        header[..4].copy_from_slice(b"file");
+        header[100..108].copy_from_slice(b"0000644\0");
+        header[124..136].copy_from_slice(format!("{bytes:011o}\0").as_bytes());
+        header[148..156].fill(b' ');
+        header[156] = b'0';
+        header[257..265].copy_from_slice(b"ustar\x0000");
+        let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+        header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        let mut archive = header.to_vec();
+        archive.resize(512 + bytes.next_multiple_of(512) + 1024, 0);
+        archive[512..512 + bytes].fill(7);
+        archive
+    }
+
+    #[test]
+    fn a_layer_takes_no_more_than_the_free_space_less_the_reserve() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        let work = Work::new(&store.path("work")).unwrap();
+        let archive = archive(100_000);
+        let layer = FoundLayer { name: "one".into(), blob: None, diff_id: Digest::of(&archive) };
+        let mut source = One(archive);
+        let mut importer =
+            Importer { store: &store, source: &mut source, from: "here", work: &work, ready: Vec::new() };
+        let mut convert = |name: &str, free| {
+            let space = Space { free, reserve: 1 << 20 };
+            let phase = Phase::Layer { number: 1, count: 1 };
+            let path = work.path().join(name);
+            let converted = importer.convert(&layer, &path, space, phase, &mut |_| {});
+            (converted, path.metadata().map_or(0, |found| found.len()))
+        };
+        let (enough, size) = convert("enough", (1 << 20) + 200_000);
+        assert_eq!(enough.unwrap().size, size);
+        // The reserve would have had room for it; nothing at all is the edge.
+        for usable in [50_000, 0] {
+            let (error, size) = convert(&format!("{usable}"), (1 << 20) + usable);
+            let error = error.unwrap_err();
+            assert!(matches!(error, LayerError::NoSpace { .. }), "{error:?}");
+            let text = error.to_string();
+            assert!(text.contains("1 MiB are free") && text.contains("`bulkhead image rm`"), "{text}");
+            assert!(text.contains(&format!("the rest, {usable} bytes")), "{text}");
+            assert!(size <= usable, "{size}");
+        }
     }
 }

@@ -16,6 +16,7 @@
 mod import;
 mod index;
 mod reference;
+mod space;
 mod work;
 
 use std::collections::HashSet;
@@ -32,6 +33,7 @@ use crate::{erofs, tar};
 pub use import::{Phase, Progress};
 use index::{ImageRecord, Index};
 use reference::Reference;
+pub use space::Space;
 
 /// The image store in a directory that only its owner can enter.
 #[derive(Debug)]
@@ -192,6 +194,23 @@ pub enum LayerError {
     /// No image can be written.
     #[error("its file system image cannot be written")]
     Image(#[from] erofs::Error),
+    /// The file system of the store has no room for it.
+    #[error(
+        "{} MiB are free in {path:?}, {} MiB of which are left to others, and it needs more than the rest, {usable} bytes; \
+         remove images that are not needed with `bulkhead image rm`, or have the store on a larger file system",
+        .space.free >> 20,
+        .space.reserve >> 20,
+        usable = .space.usable()
+    )]
+    NoSpace {
+        /// The store.
+        path: PathBuf,
+        /// What there was before.
+        space: Space,
+    },
+    /// The free space cannot be found out.
+    #[error("asking for the free space failed")]
+    Space(#[source] io::Error),
 }
 
 impl Store {

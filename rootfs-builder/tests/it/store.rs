@@ -244,6 +244,24 @@ fn what_is_no_image_says_what_it_is() {
 }
 
 #[test]
+fn too_many_layers_are_refused_before_any_is_read() {
+    let bench = Bench::new();
+    let most: Vec<Vec<u8>> = (0..128).map(|at| layer(&at.to_string())).collect();
+    let import = |layers: &[Vec<u8>]| {
+        let path = bench.path("archive.tar");
+        std::fs::write(&path, docker_archive(&[], layers)).unwrap();
+        let mut last = None;
+        let result = bench.store.import(&Source::Local(path), None, &mut |now| last = Some(now.phase));
+        (result, last)
+    };
+    let (refused, last) = import(&[&most[..], &[layer("more")]].concat());
+    let text = failure(refused);
+    assert!(text.contains("129 layers, more than the 128 possible"), "{text}");
+    assert_eq!(last, Some(Phase::Examining));
+    assert_eq!(import(&most).0.unwrap()[0].layers.len(), 128);
+}
+
+#[test]
 fn a_limit_is_kept_and_nothing_stays() {
     let bench = Bench::new();
     let store = Store::open(bench.path("store")).unwrap();
