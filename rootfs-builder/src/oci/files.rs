@@ -3,9 +3,13 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
+
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
 
 use super::JSON_MAX;
 use crate::tar;
@@ -25,6 +29,9 @@ pub enum FileError {
     /// It is a directory or worse.
     #[error("it is not a regular file")]
     NotAFile,
+    /// It is somewhere else on this machine.
+    #[error("it is not within the image's directory, where alone files of the image are looked for")]
+    Outside,
     /// A document that is larger than any.
     #[error("it has {size} bytes, more than the limit of {limit}")]
     TooLarge {
@@ -60,7 +67,7 @@ pub enum FileError {
     },
 }
 
-/// Files by name. Names are relative, made of parts that were checked.
+/// Files by name. Names come from the image and are not to be trusted.
 pub(super) trait Files {
     fn open(&self, name: &str) -> Result<(Box<dyn Read>, u64), FileError>;
 
@@ -80,28 +87,31 @@ pub(super) trait Files {
     }
 }
 
-pub(super) struct Directory(PathBuf);
+/// A directory. Its names and symbolic links are as little to be trusted as those in an archive.
+pub(super) struct Directory(OwnedFd);
 
 impl Directory {
-    pub(super) fn new(path: impl Into<PathBuf>) -> Self {
-        Self(path.into())
+    pub(super) fn open(path: &Path) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(Self(rustix::fs::open(path, flags, Mode::empty())?))
     }
 }
 
 impl Files for Directory {
     fn open(&self, name: &str) -> Result<(Box<dyn Read>, u64), FileError> {
-        let path = self.0.join(name);
-        let missing = |error: io::Error| match error.kind() {
-            io::ErrorKind::NotFound => FileError::Missing,
-            _ => error.into(),
-        };
-        // Before opening: that would wait for the other end of a pipe.
-        if !std::fs::metadata(&path).map_err(missing)?.is_file() {
-            return Err(FileError::NotAFile);
-        }
-        let file = File::open(&path).map_err(missing)?;
-        let size = file.metadata()?.len();
-        Ok((Box::new(file), size))
+        // Not waiting for the other end of a pipe.
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+        let file = rustix::fs::openat2(&self.0, name, flags, Mode::empty(), resolve);
+        let file = File::from(file.map_err(|error| match error {
+            Errno::NOENT => FileError::Missing,
+            Errno::XDEV => FileError::Outside,
+            // As a socket answers.
+            Errno::NXIO => FileError::NotAFile,
+            _ => FileError::Io(error.into()),
+        })?);
+        let found = file.metadata()?;
+        if found.is_file() { Ok((Box::new(file), found.len())) } else { Err(FileError::NotAFile) }
     }
 }
 
@@ -167,5 +177,55 @@ impl Read for Slice {
         self.at += count as u64;
         self.left -= count as u64;
         Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn only_regular_files_within_the_directory_are_opened() {
+        let bench = tempfile::tempdir().unwrap();
+        let outside = bench.path().join("secret");
+        std::fs::write(&outside, "x").unwrap();
+        let root = bench.path().join("image");
+        std::fs::create_dir_all(root.join("blobs")).unwrap();
+        std::fs::write(root.join("blobs/file"), "content").unwrap();
+        symlink("blobs/file", root.join("inside")).unwrap();
+        symlink("../secret", root.join("relative")).unwrap();
+        symlink(&outside, root.join("absolute")).unwrap();
+        symlink("..", root.join("blobs/up")).unwrap();
+        symlink("nowhere", root.join("dangling")).unwrap();
+        symlink("/proc/self/exe", root.join("magic")).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, root.join("pipe"), rustix::fs::FileType::Fifo, Mode::RUSR, 0)
+            .unwrap();
+        let _socket = UnixListener::bind(root.join("socket")).unwrap();
+        let directory = Directory::open(&root).unwrap();
+
+        for good in ["blobs/file", "inside", "blobs/../inside", "blobs/up/inside"] {
+            assert_eq!(directory.document(good).unwrap(), b"content", "{good}");
+        }
+        let absolute = outside.to_str().unwrap();
+        for name in [
+            absolute,
+            "../secret",
+            "blobs/../../secret",
+            "relative",
+            "absolute",
+            "blobs/up/../secret",
+            "magic",
+        ] {
+            assert!(matches!(directory.document(name), Err(FileError::Outside)), "{name}");
+        }
+        for name in ["pipe", "socket", "blobs", "."] {
+            assert!(matches!(directory.document(name), Err(FileError::NotAFile)), "{name}");
+        }
+        for name in ["missing", "dangling", ""] {
+            assert!(matches!(directory.document(name), Err(FileError::Missing)), "{name}");
+        }
     }
 }

@@ -188,7 +188,7 @@ impl Source {
 fn open_local(path: &Path) -> Result<Box<dyn ImageSource>, Error> {
     let open = |source| Error::Open { path: path.into(), source };
     let files: Box<dyn files::Files> = if std::fs::metadata(path).map_err(open)?.is_dir() {
-        Box::new(files::Directory::new(path))
+        Box::new(files::Directory::open(path).map_err(open)?)
     } else {
         let file = File::open(path).map_err(open)?;
         if compression::is_compressed(&file).map_err(open)? {

@@ -262,6 +262,33 @@ fn too_many_layers_are_refused_before_any_is_read() {
 }
 
 #[test]
+fn an_unpacked_archive_names_no_files_of_the_host() {
+    let bench = Bench::new();
+    let (root, config, content) = (bench.path("unpacked"), bench.path("config"), bench.path("layer.tar"));
+    std::fs::create_dir(&root).unwrap();
+    std::fs::write(&config, crate::oci::config("amd64", &[layer("x")]).to_string()).unwrap();
+    std::fs::write(&content, layer("x")).unwrap();
+    let import = |config: &str, layer: &str| {
+        let manifest = json!([{ "Config": config, "RepoTags": ["x:1"], "Layers": [layer] }]).to_string();
+        std::fs::write(root.join("manifest.json"), manifest).unwrap();
+        bench.import(&root, None)
+    };
+    let absolute = |path: &Path| path.to_str().unwrap().to_owned();
+    for config in [absolute(&config), "../config".into()] {
+        assert!(
+            failure(import(&config, "layer.tar")).contains("not within the image's directory"),
+            "{config}"
+        );
+    }
+    std::fs::copy(&config, root.join("config")).unwrap();
+    for layer in [absolute(&content), "../layer.tar".into()] {
+        assert!(failure(import("config", &layer)).contains("not within the image's directory"), "{layer}");
+    }
+    std::fs::copy(&content, root.join("layer.tar")).unwrap();
+    assert_eq!(import("config", "layer.tar").unwrap()[0].layers.len(), 1);
+}
+
+#[test]
 fn a_limit_is_kept_and_nothing_stays() {
     let bench = Bench::new();
     let store = Store::open(bench.path("store")).unwrap();
