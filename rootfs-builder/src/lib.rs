@@ -2,6 +2,7 @@
 
 pub mod directory;
 pub mod erofs;
+mod excerpt;
 pub mod guest_image;
 pub mod oci;
 pub mod store;

@@ -8,6 +8,7 @@ use super::format::{BLOCK, BLOCK_BYTES, FILE_MAX, INODE_SLOT, Layout, NAME_MAX, 
 use super::layout::{Beside, Plan};
 use super::tree::{Entries, FileType, Kind, Metadata, Node, NodeId, Special, Tree};
 use super::{Error, SYMLINK_MAX, directory};
+use crate::excerpt::excerpt_of_bytes;
 
 /// What the caller decides about an image as a whole.
 #[derive(Clone, Debug)]
@@ -239,7 +240,7 @@ impl Builder {
             _ if name.contains(&0) || name.contains(&b'/') => "it has a slash or a zero byte",
             _ => return Ok(()),
         };
-        Err(Error::Name { name: String::from_utf8_lossy(name).into_owned(), reason })
+        Err(Error::Name { name: excerpt_of_bytes(name), reason })
     }
 
     /// Writes the blocks of directories that do not lie beside their inode.

@@ -1,6 +1,7 @@
 //! Extended attributes, stored inline after their inode.
 
 use super::Error;
+use crate::excerpt::excerpt_of_bytes;
 
 /// Prefixes of attribute names with their index on disk (`EROFS_XATTR_INDEX_*`). The two ACL names are whole names: what
 /// follows them must be empty.
@@ -39,7 +40,7 @@ impl Xattrs {
     /// If the name has no namespace known to Linux or is longer than 255 bytes, the value is longer than 65,535 bytes, or
     /// all of them together are longer than 262,148 bytes.
     pub fn add(&mut self, name: &[u8], value: &[u8]) -> Result<(), Error> {
-        let refuse = |reason| Error::Xattr { name: String::from_utf8_lossy(name).into_owned(), reason };
+        let refuse = |reason| Error::Xattr { name: excerpt_of_bytes(name), reason };
         let (index, suffix) = split(name).ok_or_else(|| refuse("its namespace is not one that Linux has"))?;
         if name.len() > XATTR_NAME_MAX {
             return Err(refuse("its name is longer than 255 bytes"));

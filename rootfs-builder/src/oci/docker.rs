@@ -8,6 +8,7 @@ use super::digest::Digest;
 use super::files::Files;
 use super::manifest::{MANIFESTS_MAX, check_platform, found_image, parse};
 use super::{Error, FoundImage, FoundLayer, ImageSource};
+use crate::excerpt::excerpt;
 
 pub(super) struct DockerArchive {
     files: Box<dyn Files>,
@@ -29,7 +30,7 @@ impl DockerArchive {
     }
 
     fn document(&self, name: &str) -> Result<Vec<u8>, Error> {
-        self.files.document(name).map_err(|source| Error::File { name: name.into(), source })
+        self.files.document(name).map_err(|source| Error::File { name: excerpt(name), source })
     }
 }
 
@@ -51,6 +52,6 @@ impl ImageSource for DockerArchive {
     }
 
     fn open_layer(&mut self, layer: &FoundLayer) -> Result<(Box<dyn Read>, u64), Error> {
-        self.files.open(&layer.name).map_err(|source| Error::File { name: layer.name.clone(), source })
+        self.files.open(&layer.name).map_err(|source| Error::File { name: excerpt(&layer.name), source })
     }
 }

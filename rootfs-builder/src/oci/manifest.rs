@@ -1,10 +1,11 @@
 //! What manifests, indexes and configurations say: which image of an index runs here, and which layers it has.
 
 use oci_spec::image::{Arch, Descriptor, ImageConfiguration, ImageIndex, ImageManifest, MediaType, Os};
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, Error as _};
 
 use super::digest::Digest;
 use super::{Error, FoundImage, FoundLayer};
+use crate::excerpt::excerpt;
 
 /// Indexes may contain indexes, this deep.
 pub(super) const NESTING_MAX: usize = 4;
@@ -45,14 +46,18 @@ pub(super) fn parse<T: DeserializeOwned>(
     what: &'static str,
     document: &[u8],
 ) -> Result<T, Error> {
-    serde_json::from_slice(document).map_err(|source| Error::Json { name: name.into(), what, source })
+    serde_json::from_slice(document).map_err(|error| {
+        // It quotes what it does not expect.
+        let source = serde_json::Error::custom(excerpt(&error.to_string()));
+        Error::Json { name: name.into(), what, source }
+    })
 }
 
 /// The name of a blob in messages and in layouts.
 pub(super) fn digest_of(descriptor: &Descriptor) -> Result<Digest, Error> {
     let digest = descriptor.digest().to_string();
-    let name = format!("a blob of type {}", descriptor.media_type());
-    digest.parse().map_err(|_| Error::Digest { name, digest })
+    let name = format!("a blob of type {}", excerpt(descriptor.media_type().as_ref()));
+    digest.parse().map_err(|_| Error::Digest { name, digest: excerpt(&digest) })
 }
 
 /// The images that the manifests of an index describe, if they run here. `names` finds the names of an image in its
@@ -132,7 +137,7 @@ impl Walk<'_, '_> {
         if !is_config(manifest.config().media_type()) {
             return Err(Error::MediaType {
                 name: format!("the configuration of {name}"),
-                media_type: manifest.config().media_type().to_string(),
+                media_type: excerpt(manifest.config().media_type().as_ref()),
                 expected: "a container image's configuration",
             });
         }
@@ -158,7 +163,7 @@ impl Walk<'_, '_> {
     fn nothing(self) -> Error {
         let available =
             if self.others.is_empty() { "no platform at all".into() } else { self.others.join(", ") };
-        Error::Platform { available }
+        Error::Platform { available: excerpt(&available) }
     }
 }
 
@@ -178,7 +183,7 @@ pub(super) fn found_image(
     }
     let layers = blobs.into_iter().zip(diff_ids).map(|((name, blob), digest)| {
         let diff_id =
-            digest.parse().map_err(|_| Error::Digest { name: name.clone(), digest: digest.clone() })?;
+            digest.parse().map_err(|_| Error::Digest { name: excerpt(&name), digest: excerpt(digest) })?;
         Ok(FoundLayer { name, blob, diff_id })
     });
     Ok(FoundImage { names: Vec::new(), layers: layers.collect::<Result<_, Error>>()?, id, config })
@@ -190,7 +195,7 @@ pub(super) fn check_platform(image: &FoundImage) -> Result<(), Error> {
     if *config.os() == Os::Linux && *config.architecture() == Arch::Amd64 {
         return Ok(());
     }
-    Err(Error::Platform { available: format!("{}/{}", config.os(), config.architecture()) })
+    Err(Error::Platform { available: excerpt(&format!("{}/{}", config.os(), config.architecture())) })
 }
 
 fn layer_blob(descriptor: &Descriptor) -> Result<(String, Option<(Digest, u64)>), Error> {
@@ -200,7 +205,7 @@ fn layer_blob(descriptor: &Descriptor) -> Result<(String, Option<(Digest, u64)>)
     }
     Err(Error::MediaType {
         name: format!("layer {digest}"),
-        media_type: descriptor.media_type().to_string(),
+        media_type: excerpt(descriptor.media_type().as_ref()),
         expected: "a file system layer",
     })
 }

@@ -20,6 +20,7 @@ use super::digest::Digest;
 use super::files::FileError;
 use super::manifest::{Target, image_of, parse, target};
 use super::{Error, FoundImage, FoundLayer, ImageSource, JSON_MAX, layout};
+use crate::excerpt::excerpt;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long a registry may be silent in the middle of a blob.
@@ -138,7 +139,7 @@ impl ImageSource for Registry {
         let root = self.manifest(&self.reference)?;
         let actual = Digest::of(&root);
         if let Some(expected) = self.reference.digest() {
-            let unsupported = |_| Error::Digest { name: name.clone(), digest: expected.into() };
+            let unsupported = |_| Error::Digest { name: name.clone(), digest: excerpt(expected) };
             let expected: Digest = expected.parse().map_err(unsupported)?;
             if expected != actual {
                 return Err(Error::File { name, source: FileError::Digest { expected, actual } });
@@ -152,7 +153,7 @@ impl ImageSource for Registry {
         };
         if target(&media_type) == Target::Other {
             let expected = "a container image";
-            return Err(Error::MediaType { name, media_type: media_type.to_string(), expected });
+            return Err(Error::MediaType { name, media_type: excerpt(media_type.as_ref()), expected });
         }
         let digest = oci_spec::image::Digest::try_from(actual.to_string()).expect("made by us");
         let descriptor = Descriptor::new(media_type, root.len() as u64, digest);

@@ -11,6 +11,7 @@ use super::reference::normalise;
 use super::work::Work;
 use super::{Error, Image, LayerError, Space, Store, check_layer, failed, sync_directory};
 use crate::erofs::{self, Builder, Options};
+use crate::excerpt::excerpt;
 use crate::oci::{Digest, FileError, FoundImage, FoundLayer, Hashing, ImageSource, Source, decompress};
 use crate::tar;
 
@@ -145,7 +146,7 @@ impl Importer<'_> {
                     .map_err(LayerError::Space)
                     .and_then(|space| self.convert(layer, &path, space, phase, progress))
                     .map_err(|source| Error::Layer {
-                        layer: layer.name.clone(),
+                        layer: excerpt(&layer.name),
                         from: self.from.into(),
                         source: Box::new(source),
                     })?,

@@ -4,6 +4,7 @@ use oci_spec::distribution::Reference as FullReference;
 
 use super::Error;
 use super::index::Index;
+use crate::excerpt::excerpt;
 use crate::oci::Digest;
 
 /// Fewer digits are rather a name.
@@ -73,7 +74,7 @@ fn complete(given: &str) -> String {
 
 /// The full form of a name: `debian` is `docker.io/library/debian:latest`.
 pub(super) fn normalise(name: &str) -> Result<String, Error> {
-    let parsed: FullReference = name.parse().map_err(|source| Error::Name { name: name.into(), source })?;
+    let parsed: FullReference = name.parse().map_err(|source| Error::Name { name: excerpt(name), source })?;
     Ok(parsed.whole())
 }
 

@@ -7,6 +7,7 @@ use tar_core::{EntryType, PaxExtensions, SparseEntry};
 
 use super::{EntryError, Error};
 use crate::erofs::{Extent, Metadata, Special, Xattrs};
+use crate::excerpt::excerpt_of_bytes;
 
 /// What an entry is.
 #[derive(Debug, PartialEq, Eq)]
@@ -37,15 +38,13 @@ impl Entry {
         parsed: &ParsedEntry<'_>,
         sparse: Option<(u64, Vec<SparseEntry>)>,
     ) -> Result<Self, Error> {
-        Self::check(parsed, sparse).map_err(|source| Error::Entry {
-            name: String::from_utf8_lossy(&parsed.path).into_owned(),
-            source,
-        })
+        Self::check(parsed, sparse)
+            .map_err(|source| Error::Entry { name: excerpt_of_bytes(&parsed.path), source })
     }
 
     /// The name for messages.
     pub(super) fn display_name(&self) -> String {
-        String::from_utf8_lossy(&self.name).into_owned()
+        excerpt_of_bytes(&self.name)
     }
 
     fn check(parsed: &ParsedEntry<'_>, sparse: Option<(u64, Vec<SparseEntry>)>) -> Result<Self, EntryError> {
@@ -163,7 +162,7 @@ fn narrow(field: &'static str, value: u64) -> Result<u32, EntryError> {
 }
 
 fn out_of_range(field: &'static str, value: &[u8]) -> EntryError {
-    EntryError::Number { field, value: String::from_utf8_lossy(value).into_owned() }
+    EntryError::Number { field, value: excerpt_of_bytes(value) }
 }
 
 /// A decimal time, such as `-1.25`, as seconds and nanoseconds after them.

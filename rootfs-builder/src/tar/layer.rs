@@ -7,6 +7,7 @@ use super::entry::{Entry, Kind};
 use super::path::{Whiteout, components, whiteout};
 use super::{EntryError, Error, Limits};
 use crate::erofs::{Builder, FileType, Metadata, NodeId, Special};
+use crate::excerpt::excerpt_of_bytes;
 
 /// What reading a layer came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -124,7 +125,7 @@ impl Layer<'_> {
             at = match self.builder.lookup(at, name) {
                 Some(id) if self.builder.file_type(id) == FileType::Directory => id,
                 Some(id) => {
-                    let parent = String::from_utf8_lossy(&path[..=depth].join(&b'/')).into_owned();
+                    let parent = excerpt_of_bytes(&path[..=depth].join(&b'/'));
                     return Err(EntryError::Parent { parent, what: describe(self.builder.file_type(id)) });
                 }
                 None => {
@@ -138,7 +139,7 @@ impl Layer<'_> {
     }
 
     fn link_target(&self, target: &[u8]) -> Result<NodeId, EntryError> {
-        let shown = || String::from_utf8_lossy(target).into_owned();
+        let shown = || excerpt_of_bytes(target);
         let path = components(target).ok_or_else(|| EntryError::LinkEscapes { target: shown() })?;
         let found = path.iter().try_fold(self.builder.root(), |at, name| self.builder.lookup(at, name));
         match found {

@@ -76,7 +76,8 @@ fn names_that_no_file_can_have() {
     assert!(reason.to_string().contains("zero byte"), "{reason}");
     let long = "n".repeat(256);
     let (name, reason) = refused(tar().pax(&[("path", long.as_bytes())]).file("x", b"").end());
-    assert_eq!(name, long);
+    // Errors show the beginning.
+    assert_eq!(name, format!("{}...", &long[..200]));
     assert!(reason.to_string().contains("longer than 255 bytes"), "{reason}");
     for name in [".wh.", "dir/.wh..", "dir/.wh..."] {
         assert!(matches!(refused(tar().file(name, b"").end()), (_, EntryError::Whiteout)), "{name}");

@@ -289,6 +289,39 @@ fn an_unpacked_archive_names_no_files_of_the_host() {
 }
 
 #[test]
+fn errors_show_no_more_of_a_name_than_people_read() {
+    let bench = Bench::new();
+    let long = "x".repeat(100_000);
+    let mut texts = Vec::new();
+    for manifest in [
+        json!([{ "Config": long, "RepoTags": [], "Layers": [] }]),
+        json!([{ "Config": "config", "RepoTags": [], "Layers": [long] }]),
+        json!([{ "Config": "config", "RepoTags": [format!("{long}:!")], "Layers": ["layer.tar"] }]),
+        json!([{ "Config": "arm", "RepoTags": [], "Layers": ["layer.tar"] }]),
+        json!([{ "Config": 1, "RepoTags": long }]),
+    ] {
+        let config = crate::oci::config("amd64", &[layer("x")]).to_string();
+        let arm = crate::oci::config(&long, &[layer("x")]).to_string();
+        let tar =
+            crate::archive::Tar::default().file("config", config.as_bytes()).file("arm", arm.as_bytes());
+        let tar = tar.file("layer.tar", &layer("x")).file("manifest.json", manifest.to_string().as_bytes());
+        texts.push(failure(bench.file(&tar.end(), None)));
+    }
+    let mut blobs = Blobs::default();
+    let manifest = blobs.image("amd64", &[layer("x")], Packing::Plain);
+    let digest = with(manifest.clone(), "digest", json!(format!("sha512:{}", "0".repeat(100_000))));
+    texts.push(failure(bench.layout(&blobs, &[digest])));
+    let config = blobs.json(&long, &json!({}));
+    let artifact = blobs.json(MANIFEST, &json!({ "schemaVersion": 2, "config": config, "layers": [] }));
+    texts.push(failure(bench.layout(&blobs, &[artifact])));
+    let platform = json!({ "architecture": long, "os": "linux" });
+    texts.push(failure(bench.layout(&blobs, &[with(manifest, "platform", platform)])));
+    for text in texts {
+        assert!(text.len() < 1000, "{} bytes: {}", text.len(), &text[..1000]);
+    }
+}
+
+#[test]
 fn a_limit_is_kept_and_nothing_stays() {
     let bench = Bench::new();
     let store = Store::open(bench.path("store")).unwrap();
