@@ -18,7 +18,14 @@ mod store;
 mod tree;
 mod writer;
 
-/// Reports a test that could not run, where it cannot be overlooked.
-fn skipped(test: &str, why: &str) {
-    eprintln!("skipped: {test}: {why}");
+use std::io::Write;
+use std::sync::Once;
+
+/// Reports that a check could not run, once, where it cannot be overlooked: `eprintln` would be caught with the output of
+/// tests, of which nobody sees that of those that pass.
+fn skipped(check: &str, why: &str) {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let _ = writeln!(std::io::stderr(), "skipped: {check}: {why}");
+    });
 }
