@@ -33,6 +33,11 @@ pub(crate) fn generate() -> Result<(String, String), Failure> {
     Ok((id, name))
 }
 
+/// True for what may be an id of [`generate`].
+pub(crate) fn is_id(text: &str) -> bool {
+    text.len() == ID_LENGTH && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
+
 /// Refuses what cannot be a name.
 pub(crate) fn check(name: &str) -> Result<(), Failure> {
     let mut bytes = name.bytes();
@@ -56,7 +61,7 @@ mod tests {
     fn generated_names_and_ids_are_good_and_differ() {
         let (id, name) = generate().unwrap();
         assert!(bulkhead_protocol::limits::is_valid_id(&id));
-        assert_eq!(id.len(), ID_LENGTH);
+        assert!(is_id(&id) && !is_id(&id[1..]) && !is_id("systemd-resolved"));
         check(&name).unwrap();
         assert_ne!(generate().unwrap().0, id);
     }

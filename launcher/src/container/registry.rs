@@ -4,12 +4,12 @@
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, getpid, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, geteuid, getpid, pidfd_open};
 
 use super::name;
 use super::record::{self, Outcome, RECORD_FILE, RUNNING_FILE, Record, Running};
@@ -141,11 +141,14 @@ impl Registry {
     pub(crate) fn remove(&self, id: &str) -> Result<(), Failure> {
         let _lock = self.lock()?;
         self.sweep()?;
-        if self.paths.container_run(id).exists() {
+        let run = self.paths.container_run(id);
+        if is_locked(&run)? {
             return Err(Failure::new(format!(
                 "container {id} is running: stop it first, or use `bulkhead rm -f`"
             )));
         }
+        // A launcher that was killed while it removed its run directory may have left it without a lock.
+        remove_directory(&run)?;
         remove_directory(&self.paths.container_data(id))
     }
 
@@ -189,12 +192,12 @@ impl Registry {
     /// Cleans up after launchers that were killed. Their VMMs ended with them.
     fn sweep(&self) -> Result<(), Failure> {
         for run in subdirectories(&self.paths.run)? {
-            let Some(id) =
-                run.file_name().and_then(|name| name.to_str()).filter(|name| !name.starts_with('.'))
+            // What is not surely ours stays: the user may have given us a directory that others use.
+            let Some(id) = run.file_name().and_then(|name| name.to_str()).filter(|name| name::is_id(name))
             else {
                 continue;
             };
-            if is_locked(&run)? {
+            if !run.join(LOCK_FILE).is_file() || is_locked(&run)? {
                 continue;
             }
             let data = self.paths.container_data(id);
@@ -288,10 +291,22 @@ fn remove_disks(data: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Makes a directory, and those above it, that only its owner may enter.
+/// Makes a directory, and those above it, that only its owner may enter. One that is there already and in which somebody else
+/// could change things is refused.
 pub(crate) fn private_directory(path: &Path) -> Result<(), Failure> {
     let made = DirBuilder::new().mode(0o700).recursive(true).create(path);
-    made.map_err(|e| Failure::from(e).context(&format!("cannot make the directory {}", path.display())))
+    made.map_err(|e| Failure::from(e).context(&format!("cannot make the directory {}", path.display())))?;
+    let found = fs::metadata(path)
+        .map_err(|e| Failure::from(e).context(&format!("cannot examine the directory {}", path.display())))?;
+    let (owner, mode, own) = (found.uid(), found.mode() & 0o7777, geteuid().as_raw());
+    if owner == own && mode & 0o022 == 0 {
+        return Ok(());
+    }
+    Err(Failure::new(format!(
+        "{} belongs to uid {owner} with mode {mode:04o}, but what is kept there needs a directory of uid {own} that nobody \
+         else can write to: `chown {own}` and `chmod 700` it, or name another with BULKHEAD_ROOT or BULKHEAD_RUN",
+        path.display()
+    )))
 }
 
 fn remove_directory(path: &Path) -> Result<(), Failure> {
@@ -356,6 +371,8 @@ pub(crate) fn new_record(wanted_name: Option<&str>) -> Result<Record, Failure> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     fn registry() -> (tempfile::TempDir, Registry) {
@@ -419,6 +436,49 @@ mod tests {
         ] {
             assert!(!path.exists(), "{}", path.display());
         }
+    }
+
+    #[test]
+    fn what_others_keep_in_the_run_directory_stays() {
+        let (dir, registry) = registry();
+        let run = dir.path().join("run");
+        let without_lock = run.join("0123456789abcdef");
+        let others = [run.join("systemd"), run.join("0123"), without_lock.clone()];
+        for directory in &others {
+            fs::create_dir(directory).unwrap();
+            fs::write(directory.join("file"), "x").unwrap();
+        }
+        fs::write(run.join("systemd").join(LOCK_FILE), "").unwrap();
+        let ours = new_record(None).unwrap();
+        drop(registry.create(&ours, false).unwrap());
+        registry.list().unwrap();
+        assert!(!registry.run_directory(&ours.id).exists());
+        for directory in &others {
+            assert!(directory.join("file").exists(), "{}", directory.display());
+        }
+    }
+
+    #[test]
+    fn a_directory_that_others_can_write_to_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let set = |mode| fs::set_permissions(dir.path(), fs::Permissions::from_mode(mode)).unwrap();
+        for mode in [0o1777, 0o775, 0o702] {
+            set(mode);
+            let error = private_directory(dir.path()).unwrap_err();
+            assert!(error.to_string().contains("chmod 700"), "{error}");
+        }
+        for mode in [0o755, 0o700] {
+            set(mode);
+            private_directory(dir.path()).unwrap();
+        }
+        // Of somebody else.
+        let other = if geteuid().is_root() {
+            std::os::unix::fs::chown(dir.path(), Some(1), None).unwrap();
+            dir.path()
+        } else {
+            Path::new("/")
+        };
+        assert!(private_directory(other).is_err());
     }
 
     #[test]

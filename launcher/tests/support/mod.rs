@@ -3,7 +3,7 @@
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -14,7 +14,8 @@ impl Host {
     pub fn new() -> Self {
         let host = Self(tempfile::tempdir().unwrap());
         for directory in ["libexec", "share", "data", "run"] {
-            fs::create_dir(host.path(directory)).unwrap();
+            // Private whatever the umask: others are refused.
+            fs::DirBuilder::new().mode(0o700).create(host.path(directory)).unwrap();
         }
         let bulkhead = Path::new(env!("CARGO_BIN_EXE_bulkhead"));
         let fake = bulkhead.parent().unwrap().join("examples/fake-vmm");
