@@ -62,6 +62,10 @@ fn exec_runs_beside_the_container_and_returns_its_own_code() {
     std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"through").unwrap();
     assert_eq!(stdout(&wait(child)), "through");
     assert_eq!(code(&host.bulkhead(&["exec", &id, "/nonexistent"]).output().unwrap()), 127);
+    // What an orphan holds open is not waited for.
+    let output = host.bulkhead(&["exec", &id, "/bin/sh", "-c", "sleep 60 & echo x"]).output().unwrap();
+    assert_eq!((code(&output), stdout(&output).as_str()), (0, "x\n"));
+    assert_eq!(row(&host, &id)["status"], "running");
     host.output(&["kill", &id]);
     let output = host.bulkhead(&["exec", &id, "/bin/true"]).output().unwrap();
     assert!(stderr(&output).contains("has ended"), "{}", stderr(&output));

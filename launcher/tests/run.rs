@@ -119,6 +119,41 @@ fn a_command_that_does_not_mind_a_closed_pipe_is_ended() {
 }
 
 #[test]
+fn a_machine_whose_guest_does_not_say_that_its_command_was_killed_is_ended() {
+    let host = Host::new();
+    // Ends by itself at some time because here nothing else ends it.
+    let script =
+        "trap '' PIPE; n=0; while [ $n -lt 600 ]; do echo line; sleep 0.1; n=$((n+1)); done 2>/dev/null";
+    let mut run = host.run(&["--rm", "-e", "FAKE_IMMORTAL=1"], &["/bin/sh", "-c", script]);
+    let mut child = run.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = wait(child);
+    assert_eq!(code(&output), 125);
+    assert!(stderr(&output).contains("did not say that it ended"), "{}", stderr(&output));
+    assert!(host.residue().is_empty());
+}
+
+#[test]
+fn output_that_comes_late_is_waited_for_unless_a_signal_comes() {
+    let host = Host::new();
+    let output =
+        host.run(&["--rm"], &["/bin/sh", "-c", "(sleep 4; echo late) & echo early"]).output().unwrap();
+    assert_eq!((code(&output), stdout(&output).as_str()), (0, "early\nlate\n"));
+
+    let script = "trap '' TERM; echo ready; sleep 60 & exit 3";
+    let mut child = host.run(&["--rm"], &["/bin/sh", "-c", script]).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdout.as_mut().unwrap().read_exact(&mut [0; 6]).unwrap();
+    let pid = rustix::process::Pid::from_child(&child);
+    until("a signal ends it", || {
+        // Not yet reaped: the process of this number is still the launcher.
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        child.try_wait().unwrap().is_some()
+    });
+    assert_eq!(code(&wait(child)), 3);
+    assert!(host.residue().is_empty());
+}
+
+#[test]
 fn signals_reach_the_command() {
     let host = Host::new();
     let script = "trap 'echo caught; exit 7' TERM; echo ready; while :; do sleep 0.1; done";

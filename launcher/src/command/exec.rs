@@ -9,7 +9,7 @@ use crate::container::registry::{Container, Registry, State};
 use crate::failure::Failure;
 use crate::message;
 use crate::paths::Paths;
-use crate::process::attach::{Attached, Input, Output, Plan};
+use crate::process::attach::{Attached, Input, Output, Plan, Tail};
 use crate::process::attend::{Attended, attend, exit_code};
 use crate::process::signals::Signals;
 use crate::process::terminal::{self, RawTerminal};
@@ -76,7 +76,7 @@ async fn run(args: &ExecArgs, registry: &Registry, container: &Container) -> Res
     agent.exec_process(&request).await.map_err(gone)?;
     let attached = Attached::connect(&socket, &id, &plan).await?;
     let attended = attend(&agent, &id, &attached, &mut signals, raw.is_some()).await?;
-    attached.drain().await;
+    attached.drain(Tail::EndOrSilence, &mut signals).await;
     drop(raw);
     match attended {
         Attended::Exited(response) => {
@@ -86,5 +86,9 @@ async fn run(args: &ExecArgs, registry: &Registry, container: &Container) -> Res
             Ok(exit_code(&response))
         }
         Attended::Lost(error) => Err(Failure::from(error).context("the container ended")),
+        Attended::Unanswered => Err(Failure::new(format!(
+            "the command was killed, but the guest does not say that it ended: `bulkhead kill {}` ends the container",
+            record.name
+        ))),
     }
 }

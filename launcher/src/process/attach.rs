@@ -5,7 +5,7 @@
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bulkhead_protocol::stream::{Stream, StreamHeader};
 use bulkhead_sandbox::agent::ProcessId;
@@ -18,6 +18,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
+use super::signals::Signals;
 use super::stdio::HostStream;
 use super::terminal;
 use crate::failure::Failure;
@@ -25,8 +26,11 @@ use crate::log::LogWriter;
 
 /// Bytes that are copied at a time.
 const PIECE: usize = 64 << 10;
-/// After the end of a process, its output is over when nothing has come for so long: somebody else may hold it open.
+/// After the end of a process whose output somebody else may hold open, it is over when nothing has come for so long.
 const DRAIN_IDLE: Duration = Duration::from_secs(2);
+/// And when so long was spent waiting for it in all, which is all that is left to a guest that goes on for ever. The time that
+/// whoever reads it takes is not counted.
+const DRAIN_TOTAL: Duration = Duration::from_secs(10);
 
 /// Where a process's input comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +50,15 @@ pub(crate) struct Output {
     pub(crate) host: bool,
     /// To a log.
     pub(crate) log: Option<Arc<Mutex<LogWriter>>>,
+}
+
+/// What may come of a process's output once the process has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Tail {
+    /// Its end: of the first process of a container nobody is left who could hold it open.
+    End,
+    /// Its end, or nothing for a while: an orphan in the container may hold it open.
+    EndOrSilence,
 }
 
 /// What a process's standard streams are.
@@ -80,7 +93,7 @@ impl Plan {
 pub(crate) struct Attached {
     input: Option<JoinHandle<()>>,
     outputs: Vec<JoinHandle<()>>,
-    ended: watch::Sender<bool>,
+    ended: watch::Sender<Option<Instant>>,
     refused: Arc<Notify>,
     first_output: Arc<OnceLock<Stamp>>,
 }
@@ -104,7 +117,7 @@ impl Attached {
             open(Stream::Stdout),
             open_if(!plan.terminal, Stream::Stderr)
         )?;
-        let (ended, watching) = watch::channel(false);
+        let (ended, watching) = watch::channel(None);
         let refused = Arc::new(Notify::new());
         let first_output = Arc::new(OnceLock::new());
         let mut outputs = Vec::new();
@@ -138,12 +151,21 @@ impl Attached {
         self.refused.notified().await;
     }
 
-    /// The process has ended: takes what it has still written, and returns when that is over. When the first output came.
-    pub(crate) async fn drain(mut self) -> Option<Stamp> {
-        self.ended.send_replace(true);
-        for output in self.outputs.drain(..) {
-            // A copy that failed has nothing more to say.
-            let _ = output.await;
+    /// The process has ended: takes what it has still written, and returns when that is over or a signal wants no more of it.
+    /// When the first output came.
+    pub(crate) async fn drain(mut self, tail: Tail, signals: &mut Signals) -> Option<Stamp> {
+        if tail == Tail::EndOrSilence {
+            self.ended.send_replace(Some(Instant::now()));
+        }
+        let over = async {
+            for output in &mut self.outputs {
+                // A copy that failed has nothing more to say.
+                let _ = output.await;
+            }
+        };
+        tokio::select! {
+            () = over => {}
+            signal = signals.next() => tracing::debug!(signal, "the rest of the output is left out"),
         }
         self.first_output.get().copied()
     }
@@ -183,20 +205,29 @@ impl Sink {
 
 /// Copies until the end of the output. When nobody takes it any more, the connection closes, and the process meets a broken
 /// pipe as it would have without a container; the answer is then false.
-async fn copy_output(mut connection: UnixStream, sink: &Sink, mut ended: watch::Receiver<bool>) -> bool {
+async fn copy_output(
+    mut connection: UnixStream,
+    sink: &Sink,
+    mut ended: watch::Receiver<Option<Instant>>,
+) -> bool {
     let mut piece = vec![0; PIECE];
+    let mut patience = DRAIN_TOTAL;
     loop {
+        let began = Instant::now();
         let idle = async {
-            // A sender that is gone means the same as one that says so.
-            let _ = ended.wait_for(|ended| *ended).await;
-            sleep(DRAIN_IDLE).await;
+            // A sender that is gone takes this task with it.
+            let _ = ended.wait_for(Option::is_some).await;
+            sleep(DRAIN_IDLE.min(patience)).await;
         };
         let count = tokio::select! {
             biased;
             read = connection.read(&mut piece) => read.unwrap_or(0),
             () = idle => 0,
         };
-        if count == 0 {
+        if let Some(ended) = *ended.borrow() {
+            patience = patience.saturating_sub(began.max(ended).elapsed());
+        }
+        if count == 0 || patience.is_zero() {
             return true;
         }
         if !sink.take(&piece[..count]).await {
@@ -225,4 +256,47 @@ async fn hold(mut connection: UnixStream) {
     let mut nothing = [0; 1];
     // Standard input carries nothing in this direction: whatever comes, or an error, is its end.
     let _ = connection.read(&mut nothing).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::log::CURRENT;
+
+    fn sink(directory: &Path) -> Sink {
+        let log = LogWriter::create(directory).unwrap();
+        Sink {
+            stream: Stream::Stdout,
+            host: None,
+            log: Some(Arc::new(Mutex::new(log))),
+            first: Arc::default(),
+        }
+    }
+
+    #[tokio::test]
+    async fn an_end_that_an_orphan_holds_back_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut guest, connection) = UnixStream::pair().unwrap();
+        let (_ended, watching) = watch::channel(Some(Instant::now()));
+        guest.write_all(b"last words").await.unwrap();
+        assert!(copy_output(connection, &sink(dir.path()), watching).await);
+        assert!(fs::read_to_string(dir.path().join(CURRENT)).unwrap().ends_with(" last words\n"));
+        drop(guest);
+    }
+
+    #[tokio::test]
+    async fn output_that_drips_for_ever_is_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut guest, connection) = UnixStream::pair().unwrap();
+        let (_ended, watching) = watch::channel(Some(Instant::now()));
+        let dripping = tokio::spawn(async move {
+            while guest.write_all(b"x").await.is_ok() {
+                sleep(Duration::from_millis(50)).await;
+            }
+        });
+        assert!(copy_output(connection, &sink(dir.path()), watching).await);
+        dripping.await.unwrap();
+    }
 }

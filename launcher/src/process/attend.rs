@@ -1,5 +1,6 @@
 //! Waits for the end of a process and passes on to it what reaches the launcher meanwhile.
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use bulkhead_sandbox::agent::messages::WaitProcessResponse;
@@ -17,6 +18,9 @@ const EXIT_SIGPIPE: u32 = 128 + 13;
 /// How long a process may go on when nobody reads its output.
 const REFUSED_GRACE: Duration = Duration::from_secs(2);
 
+/// How long after that it may take to be known as ended.
+const KILLED_GRACE: Duration = Duration::from_secs(10);
+
 /// How waiting for a process ended.
 #[derive(Debug)]
 pub(crate) enum Attended {
@@ -24,6 +28,8 @@ pub(crate) enum Attended {
     Exited(WaitProcessResponse),
     /// The agent cannot be asked any more.
     Lost(AgentError),
+    /// The process was killed because nobody reads what it writes, and the agent does not say that it has ended.
+    Unanswered,
 }
 
 /// Waits until the process ends. Signals are forwarded; with a terminal, its size too. A process that goes on although nobody
@@ -42,12 +48,15 @@ pub(crate) async fn attend(
         pass(agent.resize(process, rows, columns).await);
     }
     let wait = agent.wait(process);
+    let killed = Cell::new(false);
     let refused = async {
         attached.refused().await;
         sleep(REFUSED_GRACE).await;
+        killed.set(true);
+        pass(agent.signal(process, SIGKILL).await);
+        sleep(KILLED_GRACE).await;
     };
     tokio::pin!(wait, refused);
-    let mut killed = false;
     loop {
         let resized = async {
             match &mut resizes {
@@ -57,16 +66,13 @@ pub(crate) async fn attend(
         };
         tokio::select! {
             ended = &mut wait => return Ok(match ended {
-                Ok(response) if killed => {
+                Ok(response) if killed.get() => {
                     Attended::Exited(WaitProcessResponse { exit_status: EXIT_SIGPIPE, ..response })
                 }
                 Ok(response) => Attended::Exited(response),
                 Err(error) => Attended::Lost(error),
             }),
-            () = &mut refused, if !killed => {
-                killed = true;
-                pass(agent.signal(process, SIGKILL).await);
-            }
+            () = &mut refused => return Ok(Attended::Unanswered),
             signal = signals.next() => pass(agent.signal(process, signal).await),
             _ = resized => {
                 let (rows, columns) = terminal::size();

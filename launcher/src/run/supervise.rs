@@ -22,7 +22,7 @@ use crate::container::registry::{Claim, Registry, private_directory};
 use crate::failure::{EXIT_FAILURE, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, Failure};
 use crate::log::LogWriter;
 use crate::message;
-use crate::process::attach::{Attached, Input, Output, Plan};
+use crate::process::attach::{Attached, Input, Output, Plan, Tail};
 use crate::process::attend::{Attended, attend, exit_code};
 use crate::process::signals::Signals;
 use crate::process::terminal::RawTerminal;
@@ -124,10 +124,17 @@ async fn live(
             Ok(Ended { exit_code: exit_code(&response), error })
         }
         Attended::Lost(error) => Err(explain(&sandbox, error).await),
+        Attended::Unanswered => Err(Failure::new(
+            "the container was killed, and its machine too: the guest did not say that it ended",
+        )),
     };
-    timings.first_output(attached.drain().await);
+    // Nothing but the machine's end surely ends the output of a guest that has failed.
+    let sandbox = ended.is_ok().then_some(sandbox);
+    timings.first_output(attached.drain(Tail::End, signals).await);
     drop(raw);
-    sandbox.stop();
+    if let Some(sandbox) = sandbox {
+        sandbox.stop();
+    }
     // A container that had started has ended, whatever ended it.
     ended.or_else(|failure| Ok(Ended { exit_code: EXIT_FAILURE, error: Some(failure.to_string()) }))
 }
