@@ -2,14 +2,16 @@
 
 use std::io::{self, Write};
 
+use bulkhead_sandbox::console::escape;
+
 /// A warning.
 pub(crate) fn warn(text: &str) {
-    let _ = writeln!(io::stderr(), "bulkhead: warning: {text}");
+    let _ = writeln!(io::stderr(), "bulkhead: warning: {}", printable_lines(text));
 }
 
 /// Why a command failed.
 pub(crate) fn error(text: &str) {
-    let _ = writeln!(io::stderr(), "bulkhead: {text}");
+    let _ = writeln!(io::stderr(), "bulkhead: {}", printable_lines(text));
 }
 
 /// A result, which says where its lines end.
@@ -21,4 +23,26 @@ pub(crate) fn result(text: &str) {
 /// The same on standard error, beside the output of a container.
 pub(crate) fn result_on_stderr(text: &str) {
     let _ = io::stderr().write_all(text.as_bytes());
+}
+
+/// A text that names of files, images or guests may be part of, made fit for a terminal: control characters appear as escape
+/// sequences.
+pub(crate) fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { escape(c.to_string().as_bytes()) } else { c.into() }).collect()
+}
+
+/// The same for a text that says where its lines end.
+fn printable_lines(text: &str) -> String {
+    text.split('\n').map(printable).collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn control_characters_do_not_reach_the_terminal() {
+        assert_eq!(printable("ä \x1b[2J\r\n\u{9b}1m"), "ä \\x1b[2J\\r\\n\\xc2\\x9b1m");
+        assert_eq!(printable_lines("one\n  two\x07"), "one\n  two\\x07");
+    }
 }

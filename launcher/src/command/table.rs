@@ -1,16 +1,20 @@
 //! Tables on standard output.
 
+use crate::message::printable;
+
 /// Space between columns.
 const GAP: usize = 3;
 
-/// Lines with aligned columns; the last column is not padded.
+/// Lines with aligned columns; the last column is not padded. What a terminal would act upon is escaped.
 pub(crate) fn table(rows: &[Vec<String>]) -> String {
+    let rows: Vec<Vec<String>> =
+        rows.iter().map(|row| row.iter().map(|cell| printable(cell)).collect()).collect();
     let columns = rows.iter().map(Vec::len).max().unwrap_or_default();
     let width =
         |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max();
     let widths: Vec<usize> = (0..columns).map(|column| width(column).unwrap_or_default() + GAP).collect();
     let mut text = String::new();
-    for row in rows {
+    for row in &rows {
         let cells: Vec<String> =
             row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
         text.push_str(cells.concat().trim_end());
@@ -48,6 +52,11 @@ mod tests {
         let rows = [vec!["ID".into(), "NAME".into()], vec!["äöü".into(), "x".into()]];
         assert_eq!(table(&rows), "ID    NAME\näöü   x\n");
         assert_eq!(table(&[]), "");
+    }
+
+    #[test]
+    fn a_cell_can_neither_steer_the_terminal_nor_begin_a_line() {
+        assert_eq!(table(&[vec!["a\x1b[2J\nb".into(), "x".into()]]), "a\\x1b[2J\\nb   x\n");
     }
 
     #[test]
