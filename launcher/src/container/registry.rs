@@ -14,6 +14,7 @@ use rustix::process::{Pid, PidfdFlags, geteuid, getpid, pidfd_open};
 use super::name;
 use super::record::{self, Outcome, RECORD_FILE, RUNNING_FILE, Record, Running};
 use crate::failure::Failure;
+use crate::message;
 use crate::paths::Paths;
 
 /// Name of the lock in a run directory, and of the one for the whole registry.
@@ -232,7 +233,11 @@ impl Registry {
     fn records(&self) -> Result<Vec<Record>, Failure> {
         let mut records = Vec::new();
         for data in subdirectories(&self.paths.data.join("containers"))? {
-            records.extend(record::read::<Record>(&data, RECORD_FILE)?);
+            match record::read::<Record>(&data, RECORD_FILE) {
+                Ok(record) => records.extend(record),
+                // One that was damaged must not keep the user from all others.
+                Err(error) => message::warn(&error.to_string()),
+            }
         }
         Ok(records)
     }
@@ -479,6 +484,19 @@ mod tests {
             Path::new("/")
         };
         assert!(private_directory(other).is_err());
+    }
+
+    #[test]
+    fn a_record_that_cannot_be_read_does_not_hide_the_others() {
+        let (_dir, registry) = registry();
+        let records = [new_record(Some("good")).unwrap(), new_record(Some("bad")).unwrap()];
+        for record in &records {
+            registry.create(record, true).unwrap().finish(record, Some(outcome(0))).unwrap();
+        }
+        fs::write(registry.data_directory(&records[1].id).join(RECORD_FILE), "").unwrap();
+        let [container] = &registry.list().unwrap()[..] else { panic!("not one") };
+        assert_eq!(container.record.name, "good");
+        drop(registry.create(&new_record(Some("other")).unwrap(), true).unwrap());
     }
 
     #[test]
