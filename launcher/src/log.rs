@@ -65,7 +65,11 @@ impl LogWriter {
         let length = (head.len() + piece.len() + 1) as u64;
         if self.written + length > self.limit {
             self.file.flush()?;
-            fs::rename(self.directory.join(CURRENT), self.directory.join(PREVIOUS))?;
+            match fs::rename(self.directory.join(CURRENT), self.directory.join(PREVIOUS)) {
+                // It has moved already, but then no new one could be opened.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                moved => moved?,
+            }
             self.file = open(&self.directory)?;
             self.written = 0;
         }
@@ -133,6 +137,19 @@ mod tests {
         for (n, (_, line)) in lines.into_iter().enumerate() {
             assert_eq!(line, format!("line {}\n", first + n).as_bytes());
         }
+    }
+
+    #[test]
+    fn a_log_comes_back_after_no_new_file_could_be_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = LogWriter::create(dir.path()).unwrap();
+        log.limit = 1;
+        fs::rename(dir.path().join(CURRENT), dir.path().join(PREVIOUS)).unwrap();
+        log.write(Stream::Stdout, b"back\n").unwrap();
+        assert_eq!(
+            replay(&fs::read(dir.path().join(CURRENT)).unwrap()),
+            [(Stream::Stdout, b"back\n".to_vec())]
+        );
     }
 
     #[test]
