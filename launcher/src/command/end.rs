@@ -79,7 +79,7 @@ fn each(references: &[String], action: impl Fn(&str) -> Result<(), Failure>) -> 
     worst
 }
 
-/// Brings a container to its end: by a signal, then by SIGKILL, then by killing its launcher, with which its machine goes.
+/// Brings a container to its end: by a signal, then by SIGKILL, then by killing its launcher and its VMM.
 async fn end(
     registry: &Registry,
     container: &Container,
@@ -87,6 +87,8 @@ async fn end(
     grace: Duration,
 ) -> Result<(), Failure> {
     let Some(supervisor) = registry.supervisor(container)? else { return Ok(()) };
+    // Taken now, while it is known to be the launcher's own.
+    let vmm = registry.vmm(container)?;
     let supervisor = watch(supervisor, Interest::READABLE)?;
     let (id, socket) = (&container.record.id, registry.socket(&container.record.id));
     for (signal, patience) in [(signal, grace), (SIGKILL, KILL_TIMEOUT)] {
@@ -103,15 +105,18 @@ async fn end(
             return Ok(());
         }
     }
-    kill_supervisor(&supervisor).await?;
+    kill_supervisor(&supervisor, vmm.as_ref()).await?;
     // Cleans up after it.
     registry.list().map(drop)
 }
 
-async fn kill_supervisor(supervisor: &AsyncFd<OwnedFd>) -> Result<(), Failure> {
-    match pidfd_send_signal(supervisor, Signal::KILL) {
-        Ok(()) | Err(Errno::SRCH) => {}
-        Err(errno) => return Err(Failure::from(errno).context("cannot kill the container's launcher")),
+/// Kills a launcher, and its VMM: one that was taken over would not end with it.
+async fn kill_supervisor(supervisor: &AsyncFd<OwnedFd>, vmm: Option<&OwnedFd>) -> Result<(), Failure> {
+    for process in [Some(supervisor.get_ref()), vmm].into_iter().flatten() {
+        match pidfd_send_signal(process, Signal::KILL) {
+            Ok(()) | Err(Errno::SRCH) => {}
+            Err(errno) => return Err(Failure::from(errno).context("cannot kill the container's processes")),
+        }
     }
     match timeout(KILL_TIMEOUT, supervisor.readable()).await {
         Ok(_) => Ok(()),

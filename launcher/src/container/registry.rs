@@ -156,15 +156,25 @@ impl Registry {
     /// A handle on the process that runs a container; `None` when it has gone.
     pub(crate) fn supervisor(&self, container: &Container) -> Result<Option<OwnedFd>, Failure> {
         let State::Live(running) = container.state else { return Ok(None) };
-        let Some(pid) = Pid::from_raw(running.supervisor_pid) else { return Ok(None) };
-        let handle = match pidfd_open(pid, PidfdFlags::empty()) {
-            Ok(handle) => handle,
-            Err(Errno::SRCH) => return Ok(None),
-            Err(errno) => return Err(Failure::from(errno).context("cannot watch the container's launcher")),
-        };
+        let handle = open_process(running.supervisor_pid)?;
         // Only if the lock is still held after that, the process of this number is the one that holds it.
-        let run = self.paths.container_run(&container.record.id);
-        Ok(if run.exists() && is_locked(&run)? { Some(handle) } else { None })
+        Ok(handle.filter(|_| self.runs(container)))
+    }
+
+    /// A handle on the VMM of a container that has started; `None` when it has gone, or its launcher has.
+    pub(crate) fn vmm(&self, container: &Container) -> Result<Option<OwnedFd>, Failure> {
+        let State::Live(Running { supervisor_pid, vmm_pid: Some(vmm_pid) }) = container.state else {
+            return Ok(None);
+        };
+        let Ok(vmm_pid) = i32::try_from(vmm_pid) else { return Ok(None) };
+        let handle = open_process(vmm_pid)?;
+        // A child of the launcher that holds the lock: nobody else can have got its number.
+        Ok(handle.filter(|_| parent(vmm_pid) == Some(supervisor_pid) && self.runs(container)))
+    }
+
+    /// True while a container's launcher holds its lock.
+    fn runs(&self, container: &Container) -> bool {
+        is_locked(&self.paths.container_run(&container.record.id)).unwrap_or(false)
     }
 
     /// Where connections to a running container's guest are made.
@@ -354,6 +364,22 @@ fn is_locked(directory: &Path) -> Result<bool, Failure> {
     }
 }
 
+/// A handle on a process; `None` when there is none of this number.
+fn open_process(pid: i32) -> Result<Option<OwnedFd>, Failure> {
+    let Some(pid) = Pid::from_raw(pid) else { return Ok(None) };
+    match pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(handle) => Ok(Some(handle)),
+        Err(Errno::SRCH) => Ok(None),
+        Err(errno) => Err(Failure::from(errno).context("cannot watch the container's processes")),
+    }
+}
+
+/// The parent of a process that is there.
+fn parent(pid: i32) -> Option<i32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
+}
+
 /// A record for a new container.
 pub(crate) fn new_record(wanted_name: Option<&str>) -> Result<Record, Failure> {
     if let Some(wanted) = wanted_name {
@@ -409,6 +435,25 @@ mod tests {
         assert!(registry.supervisor(&container).unwrap().is_none());
         registry.remove(&record.id).unwrap();
         assert!(registry.find("web").is_err());
+    }
+
+    #[test]
+    fn a_process_that_is_no_child_of_the_launcher_is_not_its_vmm() {
+        let (_dir, registry) = registry();
+        let record = new_record(None).unwrap();
+        let claim = registry.create(&record, false).unwrap();
+        let vmm_of = |pid| {
+            claim.running(Some(pid)).unwrap();
+            registry.vmm(&registry.find(&record.id).unwrap()).unwrap()
+        };
+        let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+        let found = vmm_of(child.id()).is_some();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(found);
+        // Of this number there is none any more; the other is a process, but another's child.
+        assert!(vmm_of(child.id()).is_none());
+        assert!(vmm_of(std::process::id()).is_none());
     }
 
     #[test]
