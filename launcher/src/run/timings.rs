@@ -10,18 +10,29 @@ use crate::cli::TimingsFormat;
 /// Columns of the waterfall.
 const WIDTH: u64 = 48;
 
+/// The station at which the guest's kernel and its agent have started.
+const GUEST_READY: &str = "guest ready";
+
 /// The stations of a run, each the end of a stretch of time.
 #[derive(Debug)]
 pub(crate) struct Timings {
     start: Stamp,
     stations: Vec<(&'static str, Stamp)>,
-    kernel: Option<String>,
+    guest: Option<Guest>,
+}
+
+/// What the guest says of its own start.
+#[derive(Debug)]
+struct Guest {
+    kernel_release: String,
+    /// Its own clock when its agent was ready: without the way to the guest and back, with what its kernel did before.
+    ready_after_boot_ns: u64,
 }
 
 impl Timings {
     /// A run that began at `start`.
     pub(crate) fn new(start: Stamp) -> Self {
-        Self { start, stations: Vec::new(), kernel: None }
+        Self { start, stations: Vec::new(), guest: None }
     }
 
     /// A station that is reached now.
@@ -36,16 +47,17 @@ impl Timings {
             ("VMM process", times.vmm_started),
             ("VMM configured", times.configured),
             ("KVM set up", times.entered),
-            ("guest ready", times.ready),
+            (GUEST_READY, times.ready),
         ]);
     }
 
     /// The agent has answered.
     pub(crate) fn connected(&mut self, details: &GuestDetails) {
         self.mark("agent connected");
-        let milliseconds = details.ready_after_boot_ns / 1_000_000;
-        let release = bulkhead_sandbox::console::escape(details.kernel_release.as_bytes());
-        self.kernel = Some(format!("guest kernel {release}: ready {milliseconds} ms after its own start"));
+        self.guest = Some(Guest {
+            kernel_release: bulkhead_sandbox::console::escape(details.kernel_release.as_bytes()),
+            ready_after_boot_ns: details.ready_after_boot_ns,
+        });
     }
 
     /// When the first output came, if there was any.
@@ -60,12 +72,19 @@ impl Timings {
         match format {
             TimingsFormat::Text => self.text(&stations),
             TimingsFormat::Json => {
-                let stations = stations.iter().map(
-                    |(name, stamp)| serde_json::json!({ "name": name, "at_ns": stamp.since(self.start) }),
-                );
-                format!("{}\n", stations.collect::<serde_json::Value>())
+                let rows = stations.iter().map(|(name, stamp)| self.row(name, *stamp));
+                format!("{}\n", rows.collect::<serde_json::Value>())
             }
         }
+    }
+
+    fn row(&self, name: &str, stamp: Stamp) -> serde_json::Value {
+        let mut row = serde_json::json!({ "name": name, "at_ns": stamp.since(self.start) });
+        if let (GUEST_READY, Some(guest)) = (name, &self.guest) {
+            row["kernel_release"] = guest.kernel_release.as_str().into();
+            row["ready_after_boot_ns"] = guest.ready_after_boot_ns.into();
+        }
+        row
     }
 
     fn text(&self, stations: &[(&'static str, Stamp)]) -> String {
@@ -83,9 +102,10 @@ impl Timings {
             let _ = writeln!(text, "{name:<20}{took:>10}{at:>10}  {bar}");
             before = *stamp;
         }
-        if let Some(kernel) = &self.kernel {
-            text.push_str(kernel);
-            text.push('\n');
+        if let Some(Guest { kernel_release, ready_after_boot_ns }) = &self.guest {
+            let milliseconds = ready_after_boot_ns / 1_000_000;
+            let _ =
+                writeln!(text, "guest kernel {kernel_release}: ready {milliseconds} ms after its own start");
         }
         text
     }
@@ -120,5 +140,31 @@ mod tests {
     fn programs_get_one_line_of_json() {
         let json: serde_json::Value = serde_json::from_str(&timings().show(TimingsFormat::Json)).unwrap();
         assert_eq!(json[0], serde_json::json!({ "name": "prepared", "at_ns": 2_500_000 }));
+    }
+
+    #[test]
+    fn what_the_guests_clock_said_goes_with_its_station() {
+        let mut timings = timings();
+        timings.stations.push((GUEST_READY, Stamp(5_000_000)));
+        timings.connected(&GuestDetails {
+            kernel_release: "6.12".into(),
+            ready_after_boot_ns: 7_000_000,
+            ..GuestDetails::default()
+        });
+        let json: serde_json::Value = serde_json::from_str(&timings.show(TimingsFormat::Json)).unwrap();
+        assert_eq!(
+            json[1],
+            serde_json::json!({
+                "name": GUEST_READY,
+                "at_ns": 4_000_000,
+                "kernel_release": "6.12",
+                "ready_after_boot_ns": 7_000_000,
+            })
+        );
+        assert!(
+            timings
+                .show(TimingsFormat::Text)
+                .ends_with("guest kernel 6.12: ready 7 ms after its own start\n")
+        );
     }
 }
