@@ -211,16 +211,20 @@ fn size(file: &File) -> io::Result<Size> {
 }
 
 fn vmm_version(path: &Path) -> Result<String, Failure> {
+    let expected = format!("bulkhead-vmm {}", env!("CARGO_PKG_VERSION"));
+    let said = vmm_says(path)?;
+    if said == expected {
+        return Ok(format!("{expected}, {}", path.display()));
+    }
+    Err(Failure::new(format!("{} is {said:?}, but this program needs {expected:?}", path.display())))
+}
+
+/// The VMM's own words about its version.
+pub(super) fn vmm_says(path: &Path) -> Result<String, Failure> {
     let context = format!("cannot run {}", path.display());
     let output =
         Command::new(path).arg("--version").output().map_err(|e| Failure::from(e).context(&context))?;
-    let expected = format!("bulkhead-vmm {}", env!("CARGO_PKG_VERSION"));
-    let said = String::from_utf8_lossy(&output.stdout);
-    if said.trim() == expected {
-        return Ok(format!("{expected}, {}", path.display()));
-    }
-    let said: String = said.trim().chars().take(80).collect();
-    Err(Failure::new(format!("{} is {said:?}, but this program needs {expected:?}", path.display())))
+    Ok(String::from_utf8_lossy(&output.stdout).trim().chars().take(80).collect())
 }
 
 fn mke2fs_line() -> Line {
