@@ -6,7 +6,8 @@ mod support;
 
 use std::process::Stdio;
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use support::{Host, code, stderr, stdout, until, wait};
 
 fn row(host: &Host, id: &str) -> serde_json::Value {
@@ -117,6 +118,21 @@ fn rm_refuses_what_runs_unless_forced() {
 }
 
 #[test]
+fn a_vmm_that_would_survive_its_launcher_is_killed_with_it() {
+    let host = Host::new();
+    host.boots_like("survive");
+    let id = host.detached(&[], &["/bin/sleep", "60"]);
+    let vmm = i32::try_from(row(&host, &id)["vmm_pid"].as_i64().unwrap()).unwrap();
+    let handle = pidfd_open(Pid::from_raw(vmm).unwrap(), PidfdFlags::empty()).unwrap();
+    // Nobody passes the signal on.
+    std::fs::remove_file(host.path("run").join(&id).join("vsock")).unwrap();
+    host.output(&["kill", &id]);
+    let a_minute = Timespec { tv_sec: 60, tv_nsec: 0 };
+    assert_eq!(poll(&mut [PollFd::new(&handle, PollFlags::IN)], Some(&a_minute)).unwrap(), 1, "it lives");
+    assert_eq!(row(&host, &id)["outcome"]["exit_code"], 137);
+}
+
+#[test]
 fn what_a_killed_launcher_leaves_is_cleaned_up() {
     let host = Host::new();
     let mut child = host.run(&["--name", "orphan"], &["/bin/sleep", "60"]).spawn().unwrap();
@@ -184,5 +200,8 @@ fn check_names_what_is_missing_and_fails() {
     // /dev/null opens, but it is no KVM; the artifacts are whole.
     assert_eq!((status("/dev/kvm"), status("KVM API")), ("ok".into(), "failure".into()));
     assert_eq!((status("VMM"), status("guest kernel")), ("ok".into(), "ok".into()));
-    assert!(stdout(&host.bulkhead(&["version"]).output().unwrap()).contains("libexec/bulkhead-vmm"));
+    let vmm = format!("libexec/bulkhead-vmm (bulkhead-vmm {})", env!("CARGO_PKG_VERSION"));
+    assert!(host.output(&["version"]).contains(&vmm), "{}", host.output(&["version"]));
+    std::fs::remove_file(host.path("libexec/bulkhead-vmm")).unwrap();
+    assert!(host.output(&["version"]).contains("libexec/bulkhead-vmm (cannot be run)"));
 }

@@ -14,6 +14,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::process::exit;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bulkhead_protocol::status;
 use bulkhead_vmm::console_ring::ConsoleRing;
@@ -58,10 +59,16 @@ fn main() {
     let owner = unsafe { OwnedFd::from_raw_fd(args[2].parse().expect("a number")) };
     let owner = Arc::new(ControlSocket::from(owner));
     let mut machine = None;
+    let mut survives = false;
     loop {
         let (FromOwner { id, request }, fds) = match owner.receive() {
             Ok(packet) => packet,
-            Err(SocketError::Closed) => return,
+            Err(SocketError::Closed) => {
+                if survives {
+                    std::thread::sleep(Duration::from_mins(10));
+                }
+                return;
+            }
             Err(error) => panic!("{error}"),
         };
         let reply = match request {
@@ -80,6 +87,7 @@ fn main() {
         };
         owner.send(&FromVmm::Reply { id, reply }, &[]).expect("the owner listens");
         if let Some(started) = machine.take() {
+            survives = started.directive == "survive";
             started.run();
         }
     }
