@@ -10,6 +10,8 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
 /// Longest line that is shown, in bytes; the rest of it is left out.
 const LINE_MAX: usize = 400;
+/// How the kernel begins to say why it panics. The stack that follows may be longer than what is shown.
+const PANIC: &[u8] = b"Kernel panic - not syncing: ";
 
 /// The guest's console.
 #[derive(Debug)]
@@ -38,22 +40,21 @@ impl Console {
         read(&self.0).is_ok_and(|bytes| !bytes.is_empty())
     }
 
-    /// The last `count` lines that are not empty, with everything escaped that is not printable.
+    /// The last `count` lines that are not empty, or the first of those from a panic on when they are more, with everything escaped
+    /// that is not printable.
     pub fn tail(&self, count: usize) -> Vec<String> {
         last_lines(&read(&self.0).unwrap_or_default(), count)
     }
 }
 
 fn last_lines(bytes: &[u8], count: usize) -> Vec<String> {
-    let mut lines: Vec<String> = bytes
-        .rsplit(|byte| *byte == b'\n')
-        .map(<[u8]>::trim_ascii_end)
-        .filter(|line| !line.is_empty())
-        .take(count)
-        .map(|line| escape(&line[..line.len().min(LINE_MAX)]))
-        .collect();
-    lines.reverse();
-    lines
+    let lines =
+        bytes.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii_end).filter(|line| !line.is_empty());
+    let lines: Vec<&[u8]> = lines.collect();
+    let is_panic = |line: &&[u8]| line.windows(PANIC.len()).any(|window| window == PANIC);
+    let last = lines.len().saturating_sub(count);
+    let start = lines.iter().position(is_panic).map_or(last, |panic| panic.min(last));
+    lines.iter().skip(start).take(count).map(|line| escape(&line[..line.len().min(LINE_MAX)])).collect()
 }
 
 /// Text from the guest, made fit for a terminal: what is not printable ASCII appears as an escape sequence.
@@ -85,6 +86,18 @@ mod tests {
         ConsoleRing::new(console.file()).unwrap().write(b"one\r\n\r\n\x1b[31mtwo\\\r\nthree\xff\n");
         assert!(console.has_output());
         assert_eq!(console.tail(2), ["\\x1b[31mtwo\\", "three\\xff"]);
+    }
+
+    #[test]
+    fn a_panics_reason_is_shown_however_long_its_stack() {
+        let console = Console::new().unwrap();
+        let mut ring = ConsoleRing::new(console.file()).unwrap();
+        ring.write(b"before\n[ 5.3] Kernel panic - not syncing: Out of memory\n");
+        (0..30).for_each(|call| ring.write(format!(" ? call{call}\n").as_bytes()));
+        ring.write(b"---[ end Kernel panic - not syncing: Out of memory ]---\n");
+        let tail = console.tail(3);
+        assert_eq!(tail, ["[ 5.3] Kernel panic - not syncing: Out of memory", " ? call0", " ? call1"]);
+        assert_eq!(console.tail(40)[0], "before");
     }
 
     #[test]

@@ -68,18 +68,15 @@ pub(crate) fn now_ns() -> u64 {
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// Writes a file so that a reader finds either the old content or the new one, also after the host went down.
+/// Writes a file so that a reader finds either the old content or the new one. It does not wait for the disk: after the host went down
+/// the file may be empty, which readers can deal with.
 pub(crate) fn write(directory: &Path, name: &str, content: &impl Serialize) -> Result<(), Failure> {
     let next = directory.join(format!("{name}.new"));
     let failed =
         |e: io::Error| Failure::from(e).context(&format!("cannot write {}", directory.join(name).display()));
     let text = serde_json::to_vec(content)?;
     let file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&next);
-    file.and_then(|mut file| {
-        file.write_all(&text)?;
-        file.sync_data()
-    })
-    .map_err(failed)?;
+    file.and_then(|mut file| file.write_all(&text)).map_err(failed)?;
     fs::rename(&next, directory.join(name)).map_err(failed)
 }
 
