@@ -36,11 +36,6 @@ agent: setup
 	cargo build --profile guest --locked -p bulkhead-agent
 	@install -D $(guest)/bulkhead-agent $(artifacts)/bulkhead-agent
 
-# For tests only. Cargo puts it in the place of the agent proper, which must have been used by then, and keeps both.
-faulty-agent: stage
-	cargo build --profile guest --locked -p bulkhead-agent --features fault-injection
-	@install -D $(guest)/bulkhead-agent $(artifacts)/bulkhead-agent-faulty
-
 guest-image: binaries agent
 	$(binaries)/bulkhead-guest-image --agent $(artifacts)/bulkhead-agent --output $(artifacts)/guest.erofs
 
@@ -63,21 +58,28 @@ images: setup
 
 # Without virtualization in the CPU, KVM is not to be had here, and the lab's disk can be made early. Otherwise it is made when needed.
 lab-image: setup images
-	@grep -qwE 'vmx|svm' /proc/cpuinfo || tests/lab/lab build
+	@grep -qwE 'vmx|svm' /proc/cpuinfo || tests/lab/lab build >/dev/null
 
-# What the lab gets: an installation, the suite and its images.
-stage: build tests images lab-image
+# What the lab gets: an installation and images.
+stage: build images lab-image
 	@rm -rf $(stage)
 	@$(MAKE) --no-print-directory install DESTDIR=$(stage) PREFIX=/usr/local >$(target)/install.log
-	@install -D -t $(stage)/usr/local/libexec/bulkhead-tests $(binaries)/lab-suite $(binaries)/lab-bench tests/demo-show
+	@install -D -t $(stage)/usr/local/libexec/bulkhead-tests tests/demo-show
 	@mkdir -p $(stage)/usr/local/share/bulkhead-tests
 	@for image in busybox debian; do \
 	  directory=$$(tests/images/build-$$image) && \
 	  tar -C "$$directory" -cf "$(stage)/usr/local/share/bulkhead-tests/$$image.tar" . || exit 1; \
 	done
 
-test-stage: faulty-agent
-	@install -D -t $(stage)/usr/local/libexec/bulkhead-tests $(artifacts)/bulkhead-agent-faulty
+# For tests only. Cargo puts it in the place of the agent proper, which must have been used by then, and keeps both.
+faulty-agent: stage
+	cargo build --profile guest --locked -p bulkhead-agent --features fault-injection
+	@install -D $(guest)/bulkhead-agent $(artifacts)/bulkhead-agent-faulty
+
+# The same, and the suite, the benchmarks and what they need.
+test-stage: tests faulty-agent
+	@install -t $(stage)/usr/local/libexec/bulkhead-tests $(binaries)/lab-suite $(binaries)/lab-bench \
+	  $(artifacts)/bulkhead-agent-faulty
 
 demo: stage
 	@tests/demo
@@ -88,7 +90,7 @@ test: test-stage
 soak: test-stage
 	@tests/soak
 
-bench: stage
+bench: test-stage
 	@tests/bench
 
 lab: test-stage

@@ -5,6 +5,7 @@ use std::path::Path;
 use bulkhead_rootfs_builder::oci::Source;
 use bulkhead_rootfs_builder::store::{Image, Phase, Store};
 use bulkhead_sandbox::size::Size;
+use rustix::process::{Resource, Rlimit, setrlimit};
 
 use super::table::table;
 use crate::cli::ImageCommand;
@@ -13,6 +14,8 @@ use crate::message;
 use crate::paths::Paths;
 use crate::progress::Progress;
 
+/// Memory for an import from a registry, in bytes: many times what one takes.
+const REGISTRY_MEMORY: u64 = 1 << 30;
 /// Digits of a digest in a table.
 const DIGEST_DIGITS: usize = 12;
 
@@ -41,6 +44,11 @@ fn parse_source(source: &Path) -> Source {
 }
 
 fn import(store: &Store, name: Option<&str>, source: &Source) -> Result<u8, Failure> {
+    if matches!(source, Source::Registry(_)) {
+        // oci-client reads manifests and tokens whole, however long a registry makes them: that must not be the host's memory.
+        let bound = Some(REGISTRY_MEMORY);
+        setrlimit(Resource::Data, Rlimit { current: bound, maximum: bound })?;
+    }
     let mut progress = Progress::start();
     let images = store.import(source, name, &mut |now| {
         progress.show(|| match now.phase {

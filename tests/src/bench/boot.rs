@@ -37,6 +37,11 @@ pub(crate) fn measure() -> Result<Vec<Row>> {
     rows.extend(
         PARTS.iter().enumerate().map(|(i, part)| Row::ms(format!("  {part}"), &all(&|boot| boot.parts[i]))),
     );
+    rows.push(
+        Row::ms("  all of it again, as a part of the peer's", &all(&|boot| boot.total))
+            .beside("QEMU microvm", &peer_times)
+            .bar(Bar::TimesPeer(1.0)),
+    );
     let memory: Vec<u64> = own.iter().map(|boot| boot.memory).collect();
     rows.push(
         Row::mib("VMM memory beyond the guest's", &memory)

@@ -2,7 +2,7 @@
 
 use std::fs::{read, write};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Output};
 
 use bulkhead_rootfs_builder::directory::pack;
 use bulkhead_tests::bulkhead::{bulkhead, expect_code, expect_refusal, stderr, stdout};
@@ -13,6 +13,8 @@ use serde_json::{Value, json};
 
 use crate::trial;
 
+/// "Function not implemented".
+const ENOSYS: u32 = 38;
 /// Says what is in the root, and writes to it.
 const SCRIPT: &str = "cat /marker; echo changed >/marker; cat /marker; grep ' / ' /proc/mounts";
 
@@ -23,6 +25,8 @@ pub(crate) fn tests() -> Vec<Trial> {
         trial("root: an ext4 image is copied, and stays as it was", ext4),
         trial("root: what is none is refused", refused),
         trial("bundle: its process, hostname and environment hold", bundle),
+        trial("bundle: its limits, seccomp profile and paths hold", restricted),
+        trial("bundle: a user namespace maps its users", user_namespace),
         trial("faults: a guest kernel that panics under a container is told with its last words", panic),
     ]
 }
@@ -81,14 +85,14 @@ fn refused() -> Result {
     Ok(())
 }
 
-/// Runs a bundle of a busybox system whose process is a script.
-fn run_bundle(options: &[&str], script: &str) -> Result<std::process::Output> {
+/// Runs a bundle of a busybox system whose process is a script, with whatever else `change` makes of its configuration.
+fn run_bundle(options: &[&str], script: &str, change: impl FnOnce(&mut Value)) -> Result<Output> {
     let scratch = tempfile::tempdir()?;
     let tree = scratch.path().join("tree");
     marked(&tree)?;
     let namespaces: Vec<Value> =
         ["pid", "ipc", "uts", "mount", "cgroup"].iter().map(|kind| json!({ "type": kind })).collect();
-    let config = json!({
+    let mut config = json!({
         "ociVersion": "1.0.2",
         "process": {
             "args": ["sh", "-c", script], "cwd": "/tmp", "env": ["PATH=/bin", "FROM=bundle"],
@@ -102,20 +106,66 @@ fn run_bundle(options: &[&str], script: &str) -> Result<std::process::Output> {
         ],
         "linux": { "namespaces": namespaces }
     });
+    change(&mut config);
     write(scratch.path().join("config.json"), config.to_string())?;
     Ok(bulkhead(["run", "--rm"]).args(options).arg("--bundle").arg(scratch.path()).output()?)
 }
 
 fn bundle() -> Result {
-    let output = run_bundle(&[], "hostname; pwd; echo $FROM; cat /marker; exit 4")?;
+    let output = run_bundle(&[], "hostname; pwd; echo $FROM; cat /marker; exit 4", |_| {})?;
     expect_code(&output, 4)?;
     ensure(stdout(&output) == "bundled\n/tmp\nbundle\noriginal\n", || stdout(&output))
+}
+
+/// What the agent asks of the guest's kernel on a container's behalf: an option that it lacks shows here.
+fn restricted() -> Result {
+    let script = "ulimit -n; umask; mkdir /tmp/x 2>&1; wc -c </proc/version; echo x 2>&1 >/proc/sys/kernel/hostname
+        grep NoNewPrivs /proc/self/status; cd /sys/fs/cgroup; cat cpu.max cpuset.cpus memory.max pids.max; nproc";
+    let output = run_bundle(&["--cpus", "2"], script, |config| {
+        config["process"]["noNewPrivileges"] = json!(true);
+        config["process"]["rlimits"] = json!([{ "type": "RLIMIT_NOFILE", "soft": 50, "hard": 100 }]);
+        config["process"]["user"]["umask"] = json!(0o077);
+        let cgroup = json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"] });
+        let mounts = config["mounts"].as_array_mut().expect("an array");
+        mounts.push(json!({ "destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["ro"] }));
+        mounts.push(cgroup);
+        let linux = &mut config["linux"];
+        linux["maskedPaths"] = json!(["/proc/version"]);
+        linux["readonlyPaths"] = json!(["/proc/sys"]);
+        linux["resources"] = json!({
+            "cpu": { "quota": 50_000, "period": 100_000, "cpus": "1" },
+            "memory": { "limit": 64 << 20 },
+            "pids": { "limit": 40 }
+        });
+        linux["seccomp"] = json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "architectures": ["SCMP_ARCH_X86_64"],
+            "syscalls": [{ "names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": ENOSYS }]
+        });
+    })?;
+    let expected = "50\n0077\nmkdir: can't create directory '/tmp/x': Function not implemented\n0\n\
+        sh: can't create /proc/sys/kernel/hostname: Read-only file system\nNoNewPrivs:\t1\n\
+        50000 100000\n1\n67108864\n40\n1\n";
+    ensure(stdout(&output) == expected, || format!("{}{}", stdout(&output), stderr(&output)))
+}
+
+fn user_namespace() -> Result {
+    let output =
+        run_bundle(&[], "id -u; tr -s ' ' </proc/self/uid_map; ls -ln /marker | cut -d' ' -f1", |config| {
+            let ids = json!([{ "containerID": 0, "hostID": 100_000, "size": 1000 }]);
+            config["linux"]["namespaces"].as_array_mut().expect("an array").push(json!({ "type": "user" }));
+            config["linux"]["uidMappings"] = ids.clone();
+            config["linux"]["gidMappings"] = ids;
+        })?;
+    ensure(stdout(&output) == "0\n 0 100000 1000\n-rw-r--r--\n", || {
+        format!("{}{}", stdout(&output), stderr(&output))
+    })
 }
 
 fn panic() -> Result {
     // A bundle may leave /proc/sys writable: the guest is the container's own.
     let script = "echo 2 >/proc/sys/vm/panic_on_oom && tail /dev/zero";
-    let output = run_bundle(&["--memory", "128M"], script)?;
+    let output = run_bundle(&["--memory", "128M"], script, |_| {})?;
     expect_code(&output, 125)?;
     let said = stderr(&output);
     ensure(said.starts_with("bulkhead: the guest's kernel panicked"), || said.clone())?;
