@@ -28,10 +28,10 @@ use report::Row;
 
 fn main() -> Result {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    if let [verb, path] = arguments.as_slice()
+    if let [verb, path, rest @ ..] = arguments.as_slice()
         && verb == read::VERB
     {
-        return read::read_twice(Path::new(path));
+        return read::read_twice(Path::new(path), rest.iter().any(|word| word == read::USED));
     }
     let measured = measure(&arguments);
     bulkhead::clean_up();

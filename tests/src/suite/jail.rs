@@ -58,7 +58,12 @@ fn identity(pid: u32, id: u32) -> Result {
         })?;
         threads += 1;
     }
-    ensure(threads >= 3, || format!("{threads} threads: main, devices and a vCPU were expected"))
+    ensure(threads >= 3, || format!("{threads} threads: main, devices and a vCPU were expected"))?;
+    let limits = proc_file(pid, "limits")?;
+    let most =
+        |what: &str| limits.lines().find_map(|line| line.strip_prefix(what)?.split_whitespace().next());
+    ensure(most("Max processes") == Some("64"), || limits.clone())?;
+    ensure(most("Max core file size") == Some("0"), || limits.clone())
 }
 
 fn root(pid: u32) -> Result {

@@ -117,7 +117,7 @@ fn within(bytes: u32, command: &mut Command) -> Result<Output> {
 fn full_disk() -> Result {
     let archive = artifact("share/bulkhead-tests/busybox.tar");
     let import = within(1 << 20, bulkhead(["image", "import"]).arg(&archive))?;
-    expect_refusal(&import, 125, &["No space left", "free space"])?;
+    expect_refusal(&import, 125, &["are free", "bulkhead image rm"])?;
 
     let directory = tempfile::tempdir()?;
     let at = |name: &str| directory.path().join(name);
