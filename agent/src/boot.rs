@@ -112,8 +112,8 @@ pub(crate) fn prepare() -> Result<(), Error> {
         let _ = null.into_raw_fd();
     }
     // Making a container is one thing after another in several processes. On one processor the next goes on when the last
-    // waits; on two each step is an interrupt to a processor that sleeps, and locks that its holder was preempted with. A
-    // container's own processes are let go before they start.
+    // waits; on two each step is an interrupt to a processor that sleeps, and may be a wait for a lock whose holder the host
+    // has just put away. A container's own processes are let go before they start.
     let mut first = CpuSet::new();
     first.set(0);
     sched_setaffinity(None, &first).map_err(|error| Error::Processor(error.into()))?;

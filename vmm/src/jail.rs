@@ -1,7 +1,8 @@
 //! Giving up every privilege, before a byte of the owner's or of the guest's is read.
 //!
 //! What is left: the descriptors that the owner sends, an empty read-only root, a uid that owns nothing, no capability, no
-//! way to gain one; [`seccomp`](crate::seccomp) then takes most system calls away. The network namespace stays the caller's: Docker looks for the task's pid there.
+//! way to gain one; [`seccomp`](crate::seccomp) then takes most system calls away. The network namespace stays the caller's:
+//! Docker looks for the task's pid there.
 
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;

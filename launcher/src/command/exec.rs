@@ -50,13 +50,7 @@ async fn run(args: &ExecArgs, registry: &Registry, container: &Container) -> Res
         [first, rest @ ..] if first == "--" && !rest.is_empty() => rest,
         command => command,
     };
-    let process = exec_process(
-        &record.process,
-        args.process.tty,
-        command,
-        &args.process.env,
-        args.process.workdir.as_deref(),
-    )?;
+    let process = exec_process(&record.process, &args.process, command)?;
     let (exec_id, _) = name::generate()?;
     let id = ProcessId { container_id: record.id.clone(), exec_id };
     let plan = Plan {

@@ -9,7 +9,7 @@ use oci_spec::runtime::{
     get_default_readonly_paths,
 };
 
-use crate::cli::RunArgs;
+use crate::cli::{ProcessArgs, RunArgs};
 use crate::failure::Failure;
 use crate::signal;
 
@@ -115,19 +115,17 @@ pub(crate) fn process(
 /// The process that `exec` starts in a container whose own process is `container`.
 pub(crate) fn exec_process(
     container: &Process,
-    tty: bool,
+    args: &ProcessArgs,
     command: &[String],
-    env: &[String],
-    workdir: Option<&str>,
 ) -> Result<Process, Failure> {
     let mut process = container.clone();
     let mut variables = container.env().clone().unwrap_or_default();
-    if tty && !variables.iter().any(|variable| variable.starts_with("TERM=")) {
+    if args.tty && !variables.iter().any(|variable| variable.starts_with("TERM=")) {
         variables.push("TERM=xterm".into());
     }
-    set_variables(&mut variables, given_variables(env)?);
-    process.set_terminal(Some(tty)).set_args(Some(command.to_vec())).set_env(Some(variables));
-    if let Some(workdir) = workdir {
+    set_variables(&mut variables, given_variables(&args.env)?);
+    process.set_terminal(Some(args.tty)).set_args(Some(command.to_vec())).set_env(Some(variables));
+    if let Some(workdir) = &args.workdir {
         process.set_cwd(absolute(workdir)?.into());
     }
     Ok(process)
@@ -288,8 +286,14 @@ mod tests {
     fn an_exec_has_the_containers_environment_and_its_own_command() {
         let args = args(&["-e", "A=1", "i"]);
         let container = process(&args, &ImageDefaults::default(), &strings(&["x"]), "h").unwrap();
-        let exec =
-            exec_process(&container, true, &strings(&["sh"]), &strings(&["B=2"]), Some("/tmp")).unwrap();
+        let args = ProcessArgs {
+            interactive: false,
+            tty: true,
+            env: strings(&["B=2"]),
+            workdir: Some("/tmp".into()),
+            user: None,
+        };
+        let exec = exec_process(&container, &args, &strings(&["sh"])).unwrap();
         let env = exec.env().clone().unwrap();
         assert!(
             env.contains(&"A=1".into()) && env.contains(&"B=2".into()) && env.contains(&"TERM=xterm".into())

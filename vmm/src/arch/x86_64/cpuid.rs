@@ -123,6 +123,7 @@ mod tests {
         assert_eq!(find(LEAF_TIMING, 0).eax, 2_500_000);
         assert!(find(LEAF_KVM, 0).eax >= LEAF_TIMING);
     }
+
     fn guest_of(host: &[kvm_cpuid_entry2]) -> Vec<kvm_cpuid_entry2> {
         for_vcpu(&CpuId::from_entries(host).unwrap(), 0, 2_500_000).unwrap().as_slice().to_vec()
     }
