@@ -213,6 +213,9 @@ impl Builder {
             }
             at = start + plan.unit_bytes(id, node);
         }
+        // fsck.erofs 1.5 looks for attributes behind every inode, also where there are none: at the image's end they must not be
+        // beyond it.
+        self.data.zeros(INODE_SLOT)?;
         self.data.fill_block()?;
         Ok(chunked_files)
     }

@@ -270,6 +270,21 @@ proptest! {
 }
 
 #[test]
+fn the_last_inode_may_end_anywhere_in_its_block() {
+    for count in 0..BLOCK / 64 {
+        let bench = Workbench::new();
+        let mut builder = bench.builder(OPTIONS);
+        for number in 0..count {
+            let name = number.to_string();
+            let place = (builder.root(), name.as_bytes());
+            builder.add_special(place, Metadata::default(), Special::Fifo).unwrap();
+        }
+        builder.finish().unwrap();
+        assert_eq!(read_image(&bench.image()).len() as u64, count + 1);
+    }
+}
+
+#[test]
 fn a_directory_of_many_long_names_is_found_by_lookup() {
     let bench = Workbench::new();
     let mut builder = bench.builder(OPTIONS);
