@@ -122,7 +122,8 @@ pub(crate) fn prepare() -> Result<(), Error> {
         fs::create_dir_all(directory).map_err(|error| Error::Directory(directory, error))?;
     }
     let info = sysinfo();
-    cgroup::prepare(info.totalram.saturating_mul(u64::from(info.mem_unit)))?;
+    let bytes = |units: u64| units.saturating_mul(u64::from(info.mem_unit));
+    cgroup::prepare(bytes(info.totalram), bytes(info.freeram))?;
     loopback_up().map_err(Error::Loopback)
 }
 

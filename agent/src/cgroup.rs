@@ -40,7 +40,7 @@ pub(crate) enum Error {
 ///
 /// # Errors
 /// [`Error`] with the file that could not be read or written.
-pub(crate) fn prepare(total_memory: u64) -> Result<(), Error> {
+pub(crate) fn prepare(total_memory: u64, free_memory: u64) -> Result<(), Error> {
     let root = Path::new(ROOT);
     let parent = root.join(PARENT.trim_start_matches('/'));
     let mut controllers = String::new();
@@ -57,15 +57,17 @@ pub(crate) fn prepare(total_memory: u64) -> Result<(), Error> {
         _ => {}
     }
     write(parent.join("cgroup.subtree_control"), controllers.trim_end())?;
-    write(parent.join("memory.max"), &(total_memory - reserved_memory(total_memory)).to_string())?;
+    write(parent.join("memory.max"), &containers_memory(total_memory, free_memory).to_string())?;
     let threads = read("/proc/sys/kernel/threads-max".into())?;
     let threads: u64 = threads.trim().parse().unwrap_or(u64::from(u16::MAX));
     write(parent.join("pids.max"), &threads.saturating_sub(RESERVED_PIDS).max(RESERVED_PIDS).to_string())
 }
 
-/// An eighth of all memory, within bounds.
-fn reserved_memory(total: u64) -> u64 {
-    (total / 8).clamp(RESERVED_MEMORY_MIN, RESERVED_MEMORY_MAX).min(total / 2)
+/// What containers may have, in bytes: what the kernel and the agent have left so far, but for an eighth of all memory, within
+/// bounds. Were it more, a container could take all memory before it reaches its own limit. The kernel would then spend its time on
+/// reading the agent's code from its disk again and again, rather than kill.
+fn containers_memory(total: u64, free: u64) -> u64 {
+    free - (total / 8).clamp(RESERVED_MEMORY_MIN, RESERVED_MEMORY_MAX).min(free / 2)
 }
 
 /// A container's group.
@@ -213,11 +215,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_reserve_is_an_eighth_within_bounds() {
-        assert_eq!(reserved_memory(128 << 20), 16 << 20);
-        assert_eq!(reserved_memory(40 << 20), RESERVED_MEMORY_MIN);
-        assert_eq!(reserved_memory(8 << 30), RESERVED_MEMORY_MAX);
-        assert_eq!(reserved_memory(10 << 20), 5 << 20);
+    fn containers_get_what_is_free_but_for_a_reserve_within_bounds() {
+        let mib = |total: u64, free: u64| containers_memory(total << 20, free << 20) >> 20;
+        assert_eq!(mib(128, 100), 100 - 16);
+        assert_eq!(mib(40, 33), 33 - 8);
+        assert_eq!(mib(8 << 10, 8 << 10), (8 << 10) - 32);
+        assert_eq!(mib(12, 10), 5);
     }
 
     #[test]

@@ -14,6 +14,7 @@ use bulkhead_protocol::limits::CREATE_TIMEOUT_S;
 use protobuf::Message as _;
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use crate::cgroup::{self, Cgroup};
 use crate::container::START_DIRECTORY;
@@ -167,7 +168,7 @@ impl Lifecycle {
     async fn end_and_discard(&self, id: &str) -> Result<(), Error> {
         Cgroup::of(id).kill()?;
         let init = self.table.process(id, "")?;
-        let ended = tokio::time::timeout(KILL_PATIENCE, init.wait()).await;
+        let ended = timeout(KILL_PATIENCE, init.wait()).await;
         ended.map_err(|_| Error::Unkillable(id.to_owned()))?;
         self.discard(id).await
     }
@@ -242,7 +243,8 @@ fn making_a_process(error: TableError) -> Error {
     }
 }
 
-/// Lets a prepared process go on, and waits until it has executed its program.
+/// Lets a prepared process go on, and waits until it has executed its program. One that does not get there, because something in its
+/// container has stopped it, is killed.
 async fn start(process: &Process) -> Result<(), Error> {
     let precondition = |text: &str| Error::Failed(Failure::new(FailureKind::Precondition, text));
     let Start { socket, outcome } =
@@ -251,16 +253,27 @@ async fn start(process: &Process) -> Result<(), Error> {
     let connected = UnixStream::connect(Path::new(&socket));
     let _ = std::fs::remove_file(&socket);
     connected.map_err(|_| precondition("the process ended before it was started"))?;
+    match timeout(WORKER_PATIENCE, read_all(&outcome)).await {
+        Ok(said) => record(&said?).map_or(Ok(()), |failure| Err(failure.into())),
+        Err(_) => {
+            process.signal(libc::SIGKILL).map_err(|error| Error::Io("kill a process", error))?;
+            let text = format!("it did not execute its program within {WORKER_PATIENCE:?}");
+            Err(Failure::new(FailureKind::Internal, text).into())
+        }
+    }
+}
+
+/// What comes out of a pipe until its end.
+async fn read_all(pipe: &Descriptor) -> Result<Vec<u8>, Error> {
     let mut bytes = Vec::new();
     loop {
-        let mut ready = outcome.readable().await.map_err(|error| Error::Io("wait for a process", error))?;
-        match read_more(&outcome, &mut bytes) {
+        let mut ready = pipe.readable().await.map_err(|error| Error::Io("wait for a process", error))?;
+        match read_more(pipe, &mut bytes) {
             Some(true) => {}
-            Some(false) => break,
+            Some(false) => return Ok(bytes),
             None => ready.clear_ready(),
         }
     }
-    record(&bytes).map_or(Ok(()), |failure| Err(failure.into()))
 }
 
 /// What a pipe holds now.
