@@ -8,16 +8,10 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$root"
 
-# executable NAME CARGO-ARGUMENTS...: what cargo says that it has built.
-executable() {
-  local name=$1
-  shift
-  cargo "$@" --quiet --locked -p bulkhead-agent --message-format=json |
-    sed -n "s,.*\"executable\":\"\([^\"]*/$name\)\".*,\1,p" | tail -n 1
-}
-
+# shellcheck source=../../tests/executable.sh
+. tests/executable.sh
 mkdir -p "$work/opt/agent"
-strip -o "$work/opt/agent/agent" "$(executable bulkhead-agent build --features loopback)"
-strip -o "$work/opt/agent/guest" "$(executable 'guest-[^"]*' test --test guest --no-run)"
+strip -o "$work/opt/agent/agent" "$(executable bulkhead-agent build -p bulkhead-agent --features loopback)"
+strip -o "$work/opt/agent/guest" "$(executable 'guest-[^"]*' test -p bulkhead-agent --test guest --no-run)"
 cp "$here/in-lab.sh" "$work/opt/agent"
 BULKHEAD_ARTIFACTS=$work tests/lab/lab run bash /opt/agent/in-lab.sh "$@"
