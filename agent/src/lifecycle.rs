@@ -253,14 +253,12 @@ async fn start(process: &Process) -> Result<(), Error> {
     let connected = UnixStream::connect(Path::new(&socket));
     let _ = std::fs::remove_file(&socket);
     connected.map_err(|_| precondition("the process ended before it was started"))?;
-    match timeout(WORKER_PATIENCE, read_all(&outcome)).await {
-        Ok(said) => record(&said?).map_or(Ok(()), |failure| Err(failure.into())),
-        Err(_) => {
-            process.signal(libc::SIGKILL).map_err(|error| Error::Io("kill a process", error))?;
-            let text = format!("it did not execute its program within {WORKER_PATIENCE:?}");
-            Err(Failure::new(FailureKind::Internal, text).into())
-        }
-    }
+    let Ok(said) = timeout(WORKER_PATIENCE, read_all(&outcome)).await else {
+        process.signal(libc::SIGKILL).map_err(|error| Error::Io("kill a process", error))?;
+        let text = format!("it did not execute its program within {WORKER_PATIENCE:?}");
+        return Err(Failure::new(FailureKind::Internal, text).into());
+    };
+    record(&said?).map_or(Ok(()), |failure| Err(failure.into()))
 }
 
 /// What comes out of a pipe until its end.

@@ -165,7 +165,7 @@ fn user_namespace() -> Result {
 fn panic() -> Result {
     // A bundle may leave /proc/sys writable: the guest is the container's own. One system call takes all memory, so that no code
     // need be read again and again while there is hardly any left.
-    let script = "echo 2 >/proc/sys/vm/panic_on_oom && dd if=/dev/zero of=/dev/null bs=256M count=1";
+    let script = "echo 2 >/proc/sys/vm/panic_on_oom && dd if=/dev/zero of=/dev/null bs=96M count=1";
     let output = run_bundle(&["--memory", "128M"], script, |_| {})?;
     expect_code(&output, 125)?;
     let said = stderr(&output);
