@@ -24,7 +24,7 @@ suite() {
   local name=$1 code counts
   shift
   echo "running: $name"
-  "$@" 2>&1 | tee "$log" | grep -E --line-buffered -A4 '^---- |^test .*FAILED|^FAIL |^(error|thread|skipped)|panicked|^test result|^lab:'
+  "$@" 2>&1 | tee "$log" | grep -E --line-buffered -A4 '^---- |^test .*FAILED|^FAIL |^(error|thread|skipped|once more)|panicked|^test result|^lab:'
   code=${PIPESTATUS[0]}
   counts=$(sed -nE 's/^(test result: .* )?([0-9]+) passed[;,] ([0-9]+) failed.*/\2 \3/p' "$log" | awk '{p += $1; f += $2} END {print p + 0, f + 0}')
   passed=$((passed + ${counts% *})) failed=$((failed + ${counts#* }))

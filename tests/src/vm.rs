@@ -16,8 +16,12 @@ use bulkhead_vmm::control::message::{
     Block, BlockLayout, Boot, Device, Event, Exit, Fd, FromOwner, FromVmm, Host, Reply, Request, Restore,
 };
 use bulkhead_vmm::control::socket::{ControlSocket, SocketError};
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::ReceiveTimeout;
+use nix::sys::time::{TimeVal, TimeValLike};
 
 /// What a test returns.
 pub type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
@@ -30,6 +34,11 @@ pub const SLOT_VSOCK: u8 = 1;
 pub const SLOT_RNG: u8 = 2;
 pub const SLOT_CONSOLE: u8 = 3;
 pub const SLOT_BALLOON: u8 = 4;
+
+/// How long a VMM may say nothing before its guest is taken to hang, in seconds.
+const PATIENCE_S: i64 = 120;
+/// What is said then.
+pub const SILENT: &str = "the VMM has said nothing for two minutes";
 
 /// Where the installed artifacts are.
 pub fn artifact(name: &str) -> PathBuf {
@@ -93,6 +102,7 @@ impl Vm {
     pub fn spawn(plan: &Plan) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let (control, theirs) = ControlSocket::pair()?;
+        setsockopt(&control, ReceiveTimeout, &TimeVal::seconds(PATIENCE_S))?;
         let theirs = OwnedFd::from(theirs);
         let mut command = Command::new(artifact("libexec/bulkhead/bulkhead-vmm"));
         command.args(["--control-fd", &theirs.as_raw_fd().to_string()]).stdin(Stdio::null());
@@ -177,7 +187,7 @@ impl Vm {
         self.next_id += 1;
         self.control.send(&FromOwner { id, request }, fds)?;
         loop {
-            match self.control.receive::<FromVmm>()?.0 {
+            match self.receive()? {
                 FromVmm::Event(event) => self.events.push(event),
                 FromVmm::Reply { id: answered, reply } if answered == id => return Ok(reply?),
                 FromVmm::Reply { id: other, .. } => {
@@ -192,12 +202,20 @@ impl Vm {
         if !self.events.is_empty() {
             return Ok(self.events.remove(0));
         }
-        match self.control.receive::<FromVmm>() {
-            Ok((FromVmm::Event(event), _)) => Ok(event),
-            Ok((other, _)) => Err(format!("expected an event, got {other:?}").into()),
-            Err(SocketError::Closed) => Err(format!("the VMM is gone; console:\n{}", self.console()?).into()),
-            Err(error) => Err(error.into()),
+        match self.receive()? {
+            FromVmm::Event(event) => Ok(event),
+            other @ FromVmm::Reply { .. } => Err(format!("expected an event, got {other:?}").into()),
         }
+    }
+
+    fn receive(&self) -> Result<FromVmm> {
+        let reason = match self.control.receive() {
+            Ok((message, _)) => return Ok(message),
+            Err(SocketError::Closed) => "the VMM is gone",
+            Err(SocketError::Io(Errno::EAGAIN)) => SILENT,
+            Err(error) => return Err(error.into()),
+        };
+        Err(format!("{reason}; console:\n{}", self.console()?).into())
     }
 
     /// Waits until the agent says that it is ready.

@@ -53,21 +53,30 @@ fn input(length: usize) -> Result {
 fn slow_reader(rounds: usize) -> Result {
     let seed = noise(SEED);
     let script = format!("cat >/tmp/seed; for n in $(seq {rounds}); do echo round $n; cat /tmp/seed; done");
-    let mut child =
-        run_command(&["-i"], &["sh", "-c", &script])?.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let mut command = run_command(&["-i"], &["sh", "-c", &script])?;
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn()?;
     child.stdin.take().ok_or("no standard input")?.write_all(&seed)?;
     let mut stdout = child.stdout.take().ok_or("no standard output")?;
     // By then all that can hold something on the way is full, and the writer stands still.
     std::thread::sleep(Duration::from_secs(2));
+    let read = read_rounds(&mut stdout, &seed, rounds);
+    drop(stdout);
+    let output = child.wait_with_output()?;
+    read.map_err(|error| format!("{error}; {}: {}", output.status, stderr(&output)))?;
+    expect_code(&output, 0)
+}
+
+/// Reads the seed as often as it should come, in pieces that are no multiple of anything, and with pauses.
+fn read_rounds(stdout: &mut impl Read, seed: &[u8], rounds: usize) -> Result {
     for round in 1..=rounds {
         let mut head = vec![0; format!("round {round}\n").len()];
-        stdout.read_exact(&mut head)?;
+        stdout.read_exact(&mut head).map_err(|error| format!("before round {round}: {error}"))?;
         ensure(head == format!("round {round}\n").as_bytes(), || format!("before round {round}: {head:?}"))?;
-        // Pieces that are no multiple of anything, and pauses.
         let mut piece = vec![0; 65_521];
         for (number, expected) in seed.chunks(piece.len()).enumerate() {
             let piece = &mut piece[..expected.len()];
-            stdout.read_exact(piece)?;
+            stdout.read_exact(piece).map_err(|error| format!("piece {number} of round {round}: {error}"))?;
             ensure(piece == expected, || format!("piece {number} of round {round} differs"))?;
             if number % 32 == 0 {
                 std::thread::sleep(Duration::from_millis(5));
@@ -76,8 +85,7 @@ fn slow_reader(rounds: usize) -> Result {
     }
     let mut rest = Vec::new();
     stdout.read_to_end(&mut rest)?;
-    ensure(rest.is_empty(), || format!("{} bytes too many", rest.len()))?;
-    expect_code(&child.wait_with_output()?, 0)
+    ensure(rest.is_empty(), || format!("{} bytes too many", rest.len()))
 }
 
 fn unread() -> Result {
