@@ -6,12 +6,12 @@ use bulkhead_sandbox::console::escape;
 
 /// A warning.
 pub(crate) fn warn(text: &str) {
-    let _ = writeln!(io::stderr(), "bulkhead: warning: {}", printable_lines(text));
+    say(&format!("bulkhead: warning: {}\n", printable_lines(text)));
 }
 
 /// Why a command failed.
 pub(crate) fn error(text: &str) {
-    let _ = writeln!(io::stderr(), "bulkhead: {}", printable_lines(text));
+    say(&format!("bulkhead: {}\n", printable_lines(text)));
 }
 
 /// A result, which says where its lines end.
@@ -22,6 +22,11 @@ pub(crate) fn result(text: &str) {
 
 /// The same on standard error, beside the output of a container.
 pub(crate) fn result_on_stderr(text: &str) {
+    say(text);
+}
+
+/// In one piece: standard error has no buffer, and whoever reads it is woken by each write.
+fn say(text: &str) {
     let _ = io::stderr().write_all(text.as_bytes());
 }
 
