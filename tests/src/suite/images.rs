@@ -4,7 +4,7 @@ use std::fs::{create_dir, create_dir_all, hard_link, write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use bulkhead_tests::bulkhead::{bulkhead, expect_code, expect_refusal, stderr, stdout};
+use bulkhead_tests::bulkhead::{bulkhead, eventually, expect_code, expect_refusal, stderr, stdout};
 use bulkhead_tests::files::busybox_tree;
 use bulkhead_tests::layout::{Image, archive};
 use bulkhead_tests::vm::{Result, ensure};
@@ -18,6 +18,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         trial("image: one that is not there is refused, by name and by digest", unknown),
         trial("image: what is damaged, no archive or for another machine stays out of the store", refused),
         trial("image: where it says no command, one must be given", no_command),
+        trial("image: its user, environment, directory, command and stop signal hold", config),
         trial("image: layers, whiteouts, opaque directories and hard links make one tree", layers),
     ]
 }
@@ -80,6 +81,41 @@ fn no_command() -> Result {
     let output = bulkhead(["run", "--rm", "silent:1"]).output()?;
     expect_refusal(&output, 125, &["no command", "give one"])?;
     expect_code(&bulkhead(["image", "rm", "silent:1"]).output()?, 0)
+}
+
+fn config() -> Result {
+    let directory = tempfile::tempdir()?;
+    let (tree, layout) = (directory.path().join("tree"), directory.path().join("layout"));
+    busybox_tree(&tree)?;
+    for name in ["etc", "srv"] {
+        create_dir_all(tree.join(name))?;
+    }
+    write(tree.join("etc/passwd"), "root:x:0:0::/:/bin/sh\nwww:x:1234:1234::/srv:/bin/sh\n")?;
+    write(tree.join("etc/group"), "root:x:0:\nstaff:x:50:\n")?;
+    let script =
+        "echo $(id -u):$(id -g) $FROM $PWD $HOME; trap 'echo quit; exit 7' QUIT; while :; do sleep 0.1; done";
+    let config = json!({
+        "User": "www:staff", "Env": ["PATH=/bin", "FROM=image"], "WorkingDir": "/srv",
+        "Entrypoint": ["sh", "-c"], "Cmd": [script], "StopSignal": "SIGQUIT"
+    });
+    let image = Image { name: "configured:1", architecture: "amd64", config, layers: vec![archive(&tree)?] };
+    create_dir(&layout)?;
+    image.write(&layout)?;
+    expect_code(&import(&layout)?, 0)?;
+
+    expect_code(&bulkhead(["run", "-d", "--name", "configured", "configured:1"]).output()?, 0)?;
+    let logs = || Ok::<_, std::io::Error>(stdout(&bulkhead(["logs", "configured"]).output()?));
+    eventually("it says who and where it is", || Ok(logs()? == "1234:50 image /srv /srv\n"))
+        .map_err(|error| format!("{error}: {:?}", logs()))?;
+    expect_code(&bulkhead(["stop", "configured"]).output()?, 0)?;
+    ensure(logs()?.ends_with("\nquit\n"), || format!("{:?}", logs()))?;
+    let listed = stdout(&bulkhead(["ps", "-a", "--json"]).output()?);
+    ensure(listed.contains("\"exit_code\": 7"), || listed)?;
+    expect_code(&bulkhead(["rm", "configured"]).output()?, 0)?;
+
+    let other = bulkhead(["run", "--rm", "-u", "root", "configured:1", "--", "id -u; id -g"]).output()?;
+    ensure(stdout(&other) == "0\n0\n", || format!("{}{}", stdout(&other), stderr(&other)))?;
+    expect_code(&bulkhead(["image", "rm", "configured:1"]).output()?, 0)
 }
 
 /// The lowest layer: busybox, and files of which the layers above take some away.
