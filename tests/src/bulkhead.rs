@@ -94,6 +94,11 @@ pub fn detach(name: &str, options: &[&str], command: &[&str]) -> Result {
     expect_code(&bulkhead(words).output()?, 0)
 }
 
+/// What a container has written to its standard output so far.
+pub fn logs(name: &str) -> Result<String> {
+    Ok(stdout(&bulkhead(["logs", name]).output()?))
+}
+
 /// Waits for what another process is about to do.
 pub fn eventually(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result {
     let start = Instant::now();

@@ -2,7 +2,9 @@
 
 use std::process::Stdio;
 
-use bulkhead_tests::bulkhead::{bulkhead, detach, eventually, expect_code, expect_refusal, stderr, stdout};
+use bulkhead_tests::bulkhead::{
+    bulkhead, detach, eventually, expect_code, expect_refusal, logs, stderr, stdout,
+};
 use bulkhead_tests::vm::{Result, ensure};
 use libtest_mimic::Trial;
 
@@ -16,10 +18,6 @@ pub(crate) fn tests() -> Vec<Trial> {
         trial("exec: a memory hog is killed, and the container goes on", memory_hog),
         trial("limits: a fork bomb meets the pids limit, and the container can be ended", fork_bomb),
     ]
-}
-
-fn logs(name: &str) -> Result<String> {
-    Ok(stdout(&bulkhead(["logs", name]).output()?))
 }
 
 fn life() -> Result {

@@ -7,8 +7,8 @@ use std::process::{Child, Stdio};
 
 use bulkhead_rootfs_builder::{directory, guest_image};
 use bulkhead_tests::bulkhead::{
-    bulkhead, detach, eventually, expect_code, image, run_command, run_directory, spawn, stderr, stdout,
-    vmm_below,
+    bulkhead, detach, eventually, expect_code, image, logs, run_command, run_directory, spawn, stderr,
+    stdout, vmm_below,
 };
 use bulkhead_tests::files::share;
 use bulkhead_tests::residue::entries;
@@ -101,7 +101,7 @@ fn forwarded() -> Result {
 
 fn supervisor_killed() -> Result {
     detach("headless", &[], &["sh", "-c", "echo started; sleep 1000"])?;
-    eventually("it has started", || Ok(stdout(&bulkhead(["logs", "headless"]).output()?) == "started\n"))?;
+    eventually("it has started", || Ok(logs("headless")? == "started\n"))?;
     let listed = stdout(&bulkhead(["ps", "--json"]).output()?);
     let vmm = listed.lines().find_map(|line| line.trim().strip_prefix("\"vmm_pid\": ")?.strip_suffix(','));
     let vmm: u32 = vmm.ok_or_else(|| listed.clone())?.parse()?;

@@ -4,7 +4,7 @@ use std::fs::{create_dir, create_dir_all, hard_link, write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use bulkhead_tests::bulkhead::{bulkhead, eventually, expect_code, expect_refusal, stderr, stdout};
+use bulkhead_tests::bulkhead::{bulkhead, eventually, expect_code, expect_refusal, logs, stderr, stdout};
 use bulkhead_tests::files::busybox_tree;
 use bulkhead_tests::layout::{Image, archive};
 use bulkhead_tests::vm::{Result, ensure};
@@ -104,11 +104,10 @@ fn config() -> Result {
     expect_code(&import(&layout)?, 0)?;
 
     expect_code(&bulkhead(["run", "-d", "--name", "configured", "configured:1"]).output()?, 0)?;
-    let logs = || Ok::<_, std::io::Error>(stdout(&bulkhead(["logs", "configured"]).output()?));
-    eventually("it says who and where it is", || Ok(logs()? == "1234:50 image /srv /srv\n"))
-        .map_err(|error| format!("{error}: {:?}", logs()))?;
+    eventually("it says who and where it is", || Ok(logs("configured")? == "1234:50 image /srv /srv\n"))
+        .map_err(|error| format!("{error}: {:?}", logs("configured")))?;
     expect_code(&bulkhead(["stop", "configured"]).output()?, 0)?;
-    ensure(logs()?.ends_with("\nquit\n"), || format!("{:?}", logs()))?;
+    ensure(logs("configured")?.ends_with("\nquit\n"), || format!("{:?}", logs("configured")))?;
     let listed = stdout(&bulkhead(["ps", "-a", "--json"]).output()?);
     ensure(listed.contains("\"exit_code\": 7"), || listed)?;
     expect_code(&bulkhead(["rm", "configured"]).output()?, 0)?;
