@@ -9,6 +9,7 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use bulkhead_protocol::agent::IoStat;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// Where the unified hierarchy is mounted.
@@ -105,9 +106,10 @@ impl Cgroup {
         parse_table(&fs::read_to_string(self.directory.join(file)).unwrap_or_default())
     }
 
-    /// Bytes read and written, summed over all devices.
-    pub(crate) fn io_bytes(&self) -> (u64, u64) {
-        parse_io(&fs::read_to_string(self.directory.join("io.stat")).unwrap_or_default())
+    /// What was read and written, device by device.
+    pub(crate) fn io(&self) -> Vec<IoStat> {
+        let text = fs::read_to_string(self.directory.join("io.stat")).unwrap_or_default();
+        text.lines().filter_map(parse_io).collect()
     }
 
     /// Processes that the kernel has killed for want of memory.
@@ -201,13 +203,23 @@ fn parse_table(text: &str) -> HashMap<String, u64> {
     pairs.filter_map(|(name, value)| Some((name.to_owned(), value.trim().parse().ok()?))).collect()
 }
 
-/// Lines like `254:0 rbytes=4096 wbytes=0 rios=1 ...`.
-fn parse_io(text: &str) -> (u64, u64) {
-    let sum = |key: &str| {
-        let values = text.split_ascii_whitespace().filter_map(|word| word.strip_prefix(key));
-        values.filter_map(|value| value.parse::<u64>().ok()).fold(0, u64::saturating_add)
+/// A line like `254:0 rbytes=4096 wbytes=0 rios=1 ...`.
+fn parse_io(line: &str) -> Option<IoStat> {
+    let (device, values) = line.split_once(' ')?;
+    let (major, minor) = device.split_once(':')?;
+    let value = |key: &str| {
+        let found = values.split_ascii_whitespace().find_map(|word| word.strip_prefix(key));
+        found.and_then(|value| value.parse().ok()).unwrap_or(0)
     };
-    (sum("rbytes="), sum("wbytes="))
+    Some(IoStat {
+        major: major.parse().ok()?,
+        minor: minor.parse().ok()?,
+        read_bytes: value("rbytes="),
+        written_bytes: value("wbytes="),
+        reads: value("rios="),
+        writes: value("wios="),
+        ..IoStat::default()
+    })
 }
 
 #[cfg(test)]
@@ -232,8 +244,10 @@ mod tests {
     }
 
     #[test]
-    fn io_is_summed_over_devices() {
-        let text = "254:0 rbytes=100 wbytes=1 rios=3 wios=1\n254:16 rbytes=11 wbytes=2 rios=1 wios=1\n";
-        assert_eq!(parse_io(text), (111, 3));
+    fn io_is_told_by_device() {
+        let io = parse_io("254:16 rbytes=100 wbytes=1 rios=3 wios=2 dbytes=0").unwrap();
+        assert_eq!((io.major, io.minor), (254, 16));
+        assert_eq!((io.read_bytes, io.written_bytes, io.reads, io.writes), (100, 1, 3, 2));
+        assert_eq!(parse_io("some rbytes"), None);
     }
 }

@@ -339,23 +339,25 @@ fn signal_all(cgroup: &Cgroup, signal: i32) -> Answer<()> {
     Ok(())
 }
 
+/// Files that hold one number each.
+const NUMBERS: [&str; 7] = [
+    "memory.current",
+    "memory.peak",
+    "memory.max",
+    "memory.swap.current",
+    "memory.swap.max",
+    "pids.current",
+    "pids.max",
+];
+
 fn stats(cgroup: &Cgroup) -> StatsContainerResponse {
-    let cpu = cgroup.table("cpu.stat");
-    let cpu = |name: &str| cpu.get(name).copied().unwrap_or(0);
-    let (io_read_bytes, io_write_bytes) = cgroup.io_bytes();
+    let number = |file: &str| Some((file.to_owned(), cgroup.number(file)?));
     StatsContainerResponse {
-        cpu_usage_us: cpu("usage_usec"),
-        cpu_user_us: cpu("user_usec"),
-        cpu_system_us: cpu("system_usec"),
-        cpu_throttled_us: cpu("throttled_usec"),
-        memory_current_bytes: cgroup.number("memory.current").unwrap_or(0),
-        memory_peak_bytes: cgroup.number("memory.peak").unwrap_or(0),
-        memory_max_bytes: cgroup.number("memory.max").unwrap_or(0),
-        oom_kills: cgroup.oom_kills(),
-        pids_current: cgroup.number("pids.current").unwrap_or(0),
-        pids_max: cgroup.number("pids.max").unwrap_or(0),
-        io_read_bytes,
-        io_write_bytes,
+        cpu: cgroup.table("cpu.stat"),
+        memory: cgroup.table("memory.stat"),
+        memory_events: cgroup.table("memory.events"),
+        numbers: NUMBERS.into_iter().filter_map(number).collect(),
+        io: cgroup.io(),
         ..StatsContainerResponse::default()
     }
 }

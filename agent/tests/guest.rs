@@ -476,8 +476,9 @@ fn limits_are_those_of_the_configuration() {
         support::writable_cgroups(&mut spec);
         let container = Container::create("limits", &spec, output()).await.unwrap();
         let stats = container.stats().await.unwrap();
-        assert_eq!((stats.memory_max_bytes, stats.pids_max), (67_108_864, 20));
-        assert!(stats.memory_current_bytes > 0 && stats.pids_current == 1);
+        assert_eq!((stats.numbers["memory.max"], stats.numbers["pids.max"]), (67_108_864, 20));
+        assert!(stats.numbers["memory.current"] > 0 && stats.numbers["pids.current"] == 1);
+        assert!(stats.cpu.contains_key("usage_usec") && stats.memory.contains_key("anon"));
         let finished = container.finish().await;
         // The group is the root of a namespace that does not own it.
         assert_eq!(
@@ -515,7 +516,7 @@ fn a_fork_bomb_stays_within_its_limit_and_can_be_killed() {
         container.start().await.unwrap();
         tokio::time::sleep(Duration::from_secs(2)).await;
         let stats = container.stats().await.unwrap();
-        assert!(stats.pids_current <= 64, "{}", stats.pids_current);
+        assert!(stats.numbers["pids.current"] <= 64, "{}", stats.numbers["pids.current"]);
         let other = Container::create("calm", &shell("echo calm"), output()).await.unwrap();
         assert_eq!(other.finish().await.stdout, "calm\n");
         container.signal("", 9, true).await.unwrap();

@@ -2,7 +2,7 @@
 //! request must not take the guest down.
 
 /// Raised with every change that an older peer would misread.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// vsock port of the ttrpc connection.
 pub const CONTROL_PORT: u32 = 1024;
@@ -23,6 +23,11 @@ pub const USER_MAX: usize = 256;
 pub const SEED_MAX: usize = 512;
 /// Longest text of an error that the host shows of what the agent sent, in bytes.
 pub const ERROR_TEXT_MAX: usize = 4096;
+
+/// What the host's shares are called in the guest: the tag of the fs device.
+pub const SHARES_TAG: &str = "bulkhead";
+/// What the source of a bind mount begins with in a configuration that the agent gets; the share's name, an id, follows.
+pub const SHARE_PREFIX: &str = "share:";
 
 /// Containers and execs that may live at a time.
 pub const CONTAINERS_MAX: usize = 1024;
