@@ -7,6 +7,7 @@
 //! - [`fs`]: files of the host, by way of a file server
 //! - [`ports`]: the status port, the reset port and the serial port
 //! - [`rng`]: random bytes
+//! - [`transfer`]: bytes of files, moved straight into and out of guest memory
 //! - [`vsock`]: stream sockets between guest and host
 
 pub mod balloon;
@@ -16,6 +17,7 @@ pub mod factory;
 pub mod fs;
 pub mod ports;
 pub mod rng;
+pub mod transfer;
 pub mod vsock;
 
 use serde::{Deserialize, Serialize};

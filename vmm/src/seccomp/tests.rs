@@ -33,10 +33,11 @@ const FORBIDDEN: [(&str, i64); 22] = [
     ("userfaultfd", libc::SYS_userfaultfd),
 ];
 
-fn filters() -> [(&'static str, Vec<sock_filter>); 3] {
+fn filters() -> [(&'static str, Vec<sock_filter>); 4] {
     [
-        ("control", compile(&[EVERY, DEVICES, VCPU, CONTROL]).unwrap()),
+        ("control", compile(&[EVERY, DEVICES, FILES, VCPU, CONTROL]).unwrap()),
         ("devices", compile(&[EVERY, DEVICES]).unwrap()),
+        ("files", compile(&[EVERY, FILES]).unwrap()),
         ("vcpu", compile(&[EVERY, VCPU]).unwrap()),
     ]
 }
@@ -112,24 +113,27 @@ fn allowed_calls_kill_when_their_arguments_are_not() {
 
 #[test]
 fn each_kind_of_thread_has_only_its_own_calls() {
-    let [control, devices, vcpu] = filters().map(|(_, filter)| filter);
+    let [control, devices, files, vcpu] = filters().map(|(_, filter)| filter);
     // Descriptor -1: whatever is allowed fails and does nothing.
-    let (run, accept) = ([u64::MAX, 0xae80, 0, 0], [u64::MAX, 0, 0, 0]);
-    let try_both = |filter: &[sock_filter]| {
-        [(libc::SYS_ioctl, run), (libc::SYS_accept4, accept)].map(|(number, arguments)| {
-            let status = ends(filter, || i32::from(call(number, arguments) != -1));
-            assert!(exits(status, 0) || violates(status), "{status:?}");
-            exits(status, 0)
-        })
+    let (run, none) = ([u64::MAX, 0xae80, 0, 0], [u64::MAX, 0, 0, 0]);
+    let try_all = |filter: &[sock_filter]| {
+        [(libc::SYS_ioctl, run), (libc::SYS_accept4, none), (libc::SYS_preadv, none)].map(
+            |(number, arguments)| {
+                let status = ends(filter, || i32::from(call(number, arguments) != -1));
+                assert!(exits(status, 0) || violates(status), "{status:?}");
+                exits(status, 0)
+            },
+        )
     };
-    assert_eq!(try_both(&vcpu), [true, false]);
-    assert_eq!(try_both(&devices), [false, true]);
-    assert_eq!(try_both(&control), [true, true], "a thread inherits the control thread's filter");
+    assert_eq!(try_all(&vcpu), [true, false, false]);
+    assert_eq!(try_all(&devices), [false, true, true]);
+    assert_eq!(try_all(&files), [false, false, true]);
+    assert_eq!(try_all(&control), [true, true, true], "a thread inherits the control thread's filter");
 }
 
 #[test]
 fn a_thread_is_made_and_narrows_its_own_filter() {
-    let [control, devices, _] = filters().map(|(_, filter)| filter);
+    let [control, devices, _, _] = filters().map(|(_, filter)| filter);
     let (mut narrowed, mut wide) = (None, None);
     for (result, number) in [(&mut narrowed, libc::SYS_lseek), (&mut wide, libc::SYS_getpid)] {
         *result = Some(ends(&control, || {
@@ -152,8 +156,7 @@ fn a_thread_is_made_and_narrows_its_own_filter() {
 
 #[test]
 fn a_panic_is_told_before_it_ends_the_process() {
-    let [control, devices, vcpu] = filters().map(|(_, filter)| filter);
-    for filter in [control, devices, vcpu] {
+    for (_, filter) in filters() {
         let (reader, writer) = nix::unistd::pipe().unwrap();
         let status = ends(&filter, || {
             let _ = nix::unistd::write(&writer, b"why");
@@ -168,7 +171,7 @@ fn a_panic_is_told_before_it_ends_the_process() {
 
 #[test]
 fn an_argument_that_one_table_restricts_is_open_in_no_other() {
-    let all = || [EVERY, DEVICES, VCPU, CONTROL].into_iter().flatten();
+    let all = || [EVERY, DEVICES, FILES, VCPU, CONTROL].into_iter().flatten();
     for call in all().filter(|call| matches!(call.uses, Uses::Any)) {
         let uses = all().filter(|other| other.number == call.number);
         assert!(uses.into_iter().all(|call| matches!(call.uses, Uses::Any)), "{call:?}");
