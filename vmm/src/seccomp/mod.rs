@@ -12,7 +12,7 @@ mod calls;
 mod kvm;
 mod program;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::io;
 use std::sync::OnceLock;
@@ -60,7 +60,7 @@ pub enum Thread {
 }
 
 impl Thread {
-    /// What the host shows of it.
+    /// The name that the host shows of it; a vCPU's number comes behind it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Devices => "devices",

@@ -4,7 +4,7 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
 
-use super::calls::{self, Uses};
+use super::calls::{self, Call, Uses};
 use super::*;
 
 /// System calls with which a taken-over VMM would begin. A filter that allows any of them is no jail.
@@ -65,6 +65,34 @@ fn violates(status: WaitStatus) -> bool {
 
 fn exits(status: WaitStatus, code: i32) -> bool {
     matches!(status, WaitStatus::Exited(_, got) if got == code)
+}
+
+/// With debug assertions the standard library asks whether a descriptor that it is about to close is open.
+const CHECKS: &[Call] = &[Call {
+    number: libc::SYS_fcntl,
+    uses: Uses::Where { argument: 1, mask: u32::MAX, values: &[libc::F_GETFD.cast_unsigned()] },
+}];
+
+/// True when a kind of thread may do something. It does it in a child, of which nothing comes back, and must not panic.
+pub(crate) fn allows(thread: Thread, act: impl FnOnce()) -> bool {
+    let filter = match thread {
+        Thread::Devices => compile(&[EVERY, DEVICES, CHECKS]),
+        Thread::Files => compile(&[EVERY, FILES, CHECKS]),
+        Thread::Vcpu => compile(&[EVERY, VCPU, CHECKS]),
+    };
+    let act = || {
+        // A test's thread has a heap of its own, which a VMM's has not: here it must neither grow nor shrink.
+        // SAFETY: sets numbers in the allocator.
+        unsafe {
+            libc::mallopt(libc::M_MMAP_THRESHOLD, 0);
+            libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+        }
+        match std::panic::catch_unwind(std::panic::AssertUnwindSafe(act)) {
+            Ok(()) => 7,
+            Err(_) => 8,
+        }
+    };
+    exits(ends(&filter.unwrap(), act), 7)
 }
 
 /// Makes a system call whose arguments beyond these are zero.

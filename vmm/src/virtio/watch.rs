@@ -42,3 +42,79 @@ impl HostWatch {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+    use std::os::unix::net::UnixStream;
+
+    use super::super::device::DeviceError;
+    use super::super::io::DeviceIo;
+    use super::*;
+    use crate::devices::DeviceState;
+
+    struct Talker {
+        socket: Option<OwnedFd>,
+        events: EventSet,
+    }
+
+    impl VirtioDevice for Talker {
+        fn device_type(&self) -> u32 {
+            1
+        }
+
+        fn features(&self) -> u64 {
+            0
+        }
+
+        fn queue_sizes(&self) -> &'static [u16] {
+            &[]
+        }
+
+        fn process_queue(&mut self, _: usize, _: &mut DeviceIo<'_>) -> Result<(), DeviceError> {
+            Ok(())
+        }
+
+        fn host_fd(&self) -> Option<RawFd> {
+            self.socket.as_ref().map(AsRawFd::as_raw_fd)
+        }
+
+        fn host_events(&self) -> EventSet {
+            self.events
+        }
+
+        fn save(&self) -> DeviceState {
+            DeviceState::Rng
+        }
+
+        fn restore(&mut self, _: &DeviceState) -> Result<(), &'static str> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_device_is_watched_for_what_it_waits_for_until_it_closes_its_host_side() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let epoll = Arc::new(Epoll::new().unwrap());
+        let ready = || {
+            let mut events = [EpollEvent::default()];
+            (epoll.wait(0, &mut events).unwrap() > 0).then(|| (events[0].data(), events[0].event_set()))
+        };
+        let mut device = Talker { socket: Some(ours.into()), events: EventSet::IN };
+        let mut watch = HostWatch::start(&epoll, 77, &device).unwrap().unwrap();
+        assert_eq!(ready(), None);
+        device.events = EventSet::IN | EventSet::OUT;
+        watch.follow(&device);
+        assert_eq!(ready(), Some((77, EventSet::OUT)));
+        device.events = EventSet::IN;
+        watch.follow(&device);
+        assert_eq!(ready(), None);
+        drop(theirs);
+        assert!(ready().is_some(), "for as long as the end is not taken note of");
+        device.socket = None;
+        device.events = EventSet::OUT;
+        watch.follow(&device);
+        assert_eq!(ready(), None);
+        assert!(HostWatch::start(&epoll, 77, &device).unwrap().is_none());
+    }
+}

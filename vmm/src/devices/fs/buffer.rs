@@ -45,7 +45,9 @@ impl Buffer {
             if !GuestMemory::check_range(memory, address, length, access) {
                 return Err(DeviceError::Driver("a request outside of memory"));
             }
-            buffer.pieces.push((address, length));
+            if length > 0 {
+                buffer.pieces.push((address, length));
+            }
             // A chain has less than 4 GiB: the iterator ends before it exceeds them.
             buffer.bytes += length;
         }

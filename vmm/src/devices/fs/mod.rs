@@ -16,13 +16,17 @@
 //! - [`buffer`]: where a request is in guest memory
 //! - [`pending`]: the requests that the server works on
 //! - [`handles`]: the files that the guest has open
+//! - [`data`]: READ and WRITE
 //! - [`server`]: the socket
+//! - [`replies`]: what comes back from it
 //!
 //! Bounds: [`REQUEST_MAX`] and [`DATA_MAX`] bytes of a request, [`pending::PENDING_MAX`] requests, [`HANDLES_MAX`] files.
 
 mod buffer;
+mod data;
 mod handles;
 mod pending;
+mod replies;
 mod server;
 #[cfg(test)]
 mod tests;
@@ -37,10 +41,9 @@ use self::buffer::Buffer;
 pub use self::handles::HANDLES_MAX;
 use self::handles::Handles;
 use self::pending::{Expected, Pending, Request};
-use self::server::{Packet, Sent, Server};
-use self::wire::{DATA_IN, DataIn, IN_HEADER, InHeader, OUT_HEADER, Operation, OutHeader};
+use self::server::{Sent, Server};
+use self::wire::{IN_HEADER, InHeader, OUT_HEADER, Operation};
 use super::DeviceState;
-use super::transfer::{Direction, transfer};
 use crate::memory::Memory;
 use crate::virtio::device::{DeviceError, VirtioDevice};
 use crate::virtio::io::{Chain, DeviceIo, Fate};
@@ -56,9 +59,6 @@ pub const DATA_MAX: usize = 1 << 20;
 
 /// Requests that must not wait, then all others. The kernel's driver makes requests of at most as many pages as the second has entries.
 const QUEUE_SIZES: [u16; 2] = [128, 512];
-
-/// Replies that are taken in one turn, lest a server that never stops keeps the thread.
-const REPLIES_MAX: usize = pending::PENDING_MAX;
 
 /// Why there is no device.
 #[derive(Debug, thiserror::Error)]
@@ -251,135 +251,9 @@ impl Fs {
         !self.destroy_owed
     }
 
-    fn read(&mut self, memory: &Memory, unique: u64) -> Result<Fate, DeviceError> {
-        let Some(asked) = self.data_in(memory)? else {
-            return self.answer(memory, unique, Err(libc::EINVAL));
-        };
-        if asked.size > self.writable.bytes() - OUT_HEADER {
-            return self.answer(memory, unique, Err(libc::EINVAL));
-        }
-        let data = (&self.writable, OUT_HEADER);
-        match move_data(memory, &self.handles, asked, data, Direction::Read)? {
-            Ok(moved) => {
-                let mut header = wire::answer(unique, 0, &[]);
-                let length = u32::try_from(OUT_HEADER + moved).expect("at most DATA_MAX and a header");
-                header[..4].copy_from_slice(&length.to_le_bytes());
-                self.writable.write(memory, &header)?;
-                Ok(Fate::Used(length))
-            }
-            Err(errno) => self.answer(memory, unique, Err(errno)),
-        }
-    }
-
-    fn write(&mut self, memory: &Memory, unique: u64) -> Result<Fate, DeviceError> {
-        let Some(asked) = self.data_in(memory)? else {
-            return self.answer(memory, unique, Err(libc::EINVAL));
-        };
-        let after = IN_HEADER + DATA_IN;
-        // `fuse_write_out`: how much was written, and padding.
-        let mut body = [0; 8];
-        if asked.size != self.readable.bytes() - after || self.writable.bytes() < OUT_HEADER + body.len() {
-            return self.answer(memory, unique, Err(libc::EINVAL));
-        }
-        let data = (&self.readable, after);
-        match move_data(memory, &self.handles, asked, data, Direction::Write)? {
-            Ok(moved) => {
-                let moved = u32::try_from(moved).expect("at most DATA_MAX");
-                body[..4].copy_from_slice(&moved.to_le_bytes());
-                self.answer(memory, unique, Ok(&body))
-            }
-            Err(errno) => self.answer(memory, unique, Err(errno)),
-        }
-    }
-
-    /// What READ or WRITE at hand asks for, if it is within bounds.
-    fn data_in(&self, memory: &Memory) -> Result<Option<DataIn>, DeviceError> {
-        if self.readable.bytes() < IN_HEADER + DATA_IN {
-            return Ok(None);
-        }
-        let mut bytes = [0; DATA_IN];
-        self.readable.read(memory, IN_HEADER, &mut bytes)?;
-        let asked = DataIn::parse(&bytes);
-        let end = asked.offset.checked_add(asked.size as u64);
-        let in_bounds = asked.size <= DATA_MAX && end.is_some_and(|end| i64::try_from(end).is_ok());
-        Ok(in_bounds.then_some(asked))
-    }
-
     /// Answers the request at hand. There must be room for a header; an answer that does not fit becomes an error.
     fn answer(&self, memory: &Memory, unique: u64, result: Result<&[u8], i32>) -> Result<Fate, DeviceError> {
         answer(memory, &self.writable, unique, result).map(Fate::Used)
-    }
-
-    /// Takes a reply to where it belongs. `touched` are the queues whose chains have been used.
-    fn deliver(
-        pending: &mut Pending,
-        handles: &mut Handles,
-        packet: Packet<'_>,
-        io: &mut DeviceIo<'_>,
-        touched: &mut [bool; 2],
-    ) -> Result<(), DeviceError> {
-        // To nothing: from before a reset, or never asked for. What came with it is closed.
-        let Some(header) = OutHeader::parse(packet.bytes) else { return Ok(()) };
-        let Some((request, room)) = pending.take(header.unique) else { return Ok(()) };
-        let length = packet.bytes.len();
-        let well_formed = !packet.too_long && header.fits(length) && length <= room.bytes();
-        let accepted = match (request.expected, packet.file) {
-            (Expected::Bytes, _) => well_formed,
-            (Expected::File { .. }, _) if !header.is_success() => well_formed,
-            (Expected::File { handle_at }, Some(file)) => {
-                let accepted = well_formed && length >= handle_at + size_of::<u64>();
-                if accepted {
-                    // Before the guest sees the answer and uses the file.
-                    handles.insert(wire::long(packet.bytes, handle_at), file);
-                }
-                accepted
-            }
-            (Expected::File { .. }, None) | (Expected::Nothing, _) => false,
-        };
-        let written = if accepted {
-            wire::set_unique(packet.bytes, request.unique);
-            room.write(io.memory(), packet.bytes)?;
-            u32::try_from(length).expect("at most REPLY_MAX")
-        } else {
-            answer(io.memory(), room, request.unique, Err(libc::EIO))?
-        };
-        touched[request.queue] = true;
-        io.push(request.queue, request.head, written)
-    }
-
-    /// Takes the server's replies. It is asked for more only as long as it owes any: most often it owes one, and a call that finds nothing
-    /// costs as much as one that does.
-    fn receive(&mut self, io: &mut DeviceIo<'_>) -> Result<(), DeviceError> {
-        let mut touched = [false; 2];
-        for _ in 0..REPLIES_MAX {
-            let Some(packet) = self.server.receive() else { break };
-            Self::deliver(&mut self.pending, &mut self.handles, packet, io, &mut touched)?;
-            if self.pending.is_empty() {
-                break;
-            }
-        }
-        for (queue, _) in touched.iter().enumerate().filter(|(_, touched)| **touched) {
-            io.notify(queue)?;
-        }
-        Ok(())
-    }
-
-    /// When the server is gone, what it owed is answered for it.
-    fn settle(&mut self, io: &mut DeviceIo<'_>) -> Result<(), DeviceError> {
-        if self.server.fd().is_some() {
-            return Ok(());
-        }
-        self.handles.clear();
-        let mut touched = [false; 2];
-        while let Some((request, room)) = self.pending.take_any() {
-            let written = answer(io.memory(), room, request.unique, Err(libc::EIO))?;
-            touched[request.queue] = true;
-            io.push(request.queue, request.head, written)?;
-        }
-        for (queue, _) in touched.iter().enumerate().filter(|(_, touched)| **touched) {
-            io.notify(queue)?;
-        }
-        Ok(())
     }
 
     /// Takes up what was left in the rings.
@@ -468,25 +342,6 @@ impl VirtioDevice for Fs {
             _ => Err("not the state of a file system"),
         }
     }
-}
-
-/// Moves the data of a READ or WRITE, and says how much that was: less than was asked for only at the end of the file, or when the host
-/// has no room or fails halfway. The error is an errno.
-fn move_data(
-    memory: &Memory,
-    handles: &Handles,
-    asked: DataIn,
-    (buffer, after): (&Buffer, usize),
-    direction: Direction,
-) -> Result<Result<usize, i32>, DeviceError> {
-    let Some(file) = handles.get(asked.handle) else { return Ok(Err(libc::EBADF)) };
-    let mut rest = buffer.slices(memory, after, asked.size)?;
-    let result = transfer(file, asked.offset, &mut rest, direction);
-    let moved = asked.size - rest.iter().map(vm_memory::VolatileSlice::len).sum::<usize>();
-    Ok(match result {
-        Err(error) if moved == 0 => Err(error.raw_os_error().unwrap_or(libc::EIO)),
-        _ => Ok(moved),
-    })
 }
 
 /// Writes an answer of the VMM's own into the room for it, in which a header must fit. Returns its length.

@@ -54,7 +54,7 @@ impl Operation {
         }
     }
 
-    /// Bytes of the longest answer that the VMM or the guest has to have room for, lest a file is opened that nobody closes.
+    /// Bytes of room that a request must have for its answer. A file must not be opened for a guest that could not be told its handle.
     pub(super) fn answer_min(self) -> usize {
         match self {
             Self::Open { handle_at } => handle_at + OPEN_OUT,

@@ -4,6 +4,8 @@ use std::os::fd::AsFd;
 
 use super::*;
 use crate::devices::DeviceState;
+use crate::seccomp::Thread;
+use crate::seccomp::tests::allows;
 
 #[test]
 fn a_request_goes_to_the_server_and_its_reply_comes_back() {
@@ -182,4 +184,34 @@ fn only_what_was_never_in_use_is_restored() {
     assert!(error.contains("mounted"), "{error}");
     world.device.reset();
     assert_eq!(World::new().device.restore(&world.device.save()), Ok(()));
+}
+
+#[test]
+fn the_devices_work_is_within_the_filters_of_the_threads_that_do_it() {
+    let file = tempfile::tempfile().unwrap();
+    let mut world = World::new();
+    assert!(allows(Thread::Files, || {
+        world.open(5, &file);
+        let body = [&data_in(5, 0, 4)[..], b"text"].concat();
+        assert_eq!(world.ask_device(op::WRITE, &body, 8).error(), 0);
+        assert_eq!(world.ask_device(op::READ, &data_in(5, 0, 9), 9).body(), b"text");
+        world.ask(0, op::RELEASE, &5u64.to_le_bytes(), 0);
+        world.hang_up();
+        world.work(VirtioDevice::process_host).unwrap();
+        assert_eq!(world.answer().error(), -libc::EIO);
+    }));
+
+    let mut world = World::new();
+    world.open(5, &file);
+    world.ask(0, op::GETATTR, &[0; 16], 104);
+    world.asked().unwrap();
+    assert!(allows(Thread::Vcpu, || {
+        world.device.reset();
+        assert_eq!(world.asked().unwrap().opcode(), op::DESTROY);
+        // The server is gone when the next reset comes.
+        world.device.in_use = true;
+        world.hang_up();
+        world.device.reset();
+        assert_eq!(world.device.host_fd(), None);
+    }));
 }

@@ -371,6 +371,12 @@ impl World {
         sendmsg::<()>(fd, &[IoSlice::new(packet)], control, MsgFlags::MSG_DONTWAIT, None).unwrap();
     }
 
+    /// The server ends the connection, whoever else has its end open.
+    fn hang_up(&self) {
+        let fd = self.server.as_ref().unwrap().as_raw_fd();
+        nix::sys::socket::shutdown(fd, nix::sys::socket::Shutdown::Both).unwrap();
+    }
+
     /// The guest opens a file, which the server calls `handle`.
     fn open(&mut self, handle: u64, file: &File) {
         use std::os::fd::AsFd;
