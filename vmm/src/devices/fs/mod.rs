@@ -195,23 +195,20 @@ impl Fs {
             self.waits[queue] = Wait::Replies;
             return Ok(Fate::Left);
         };
-        match self.send(tag) {
-            Sent::Done => {}
-            Sent::Full => {
-                self.waits[queue] = Wait::Room;
-                return Ok(Fate::Left);
-            }
-            Sent::Refused | Sent::Gone => return self.answer(memory, header.unique, Err(libc::EIO)),
+        let sent = self.send(tag);
+        if sent == Sent::Full {
+            self.waits[queue] = Wait::Room;
+            return Ok(Fate::Left);
+        }
+        // The guest does not ask again, so the file is closed even if the server does not hear of it. `fuse_release_in` begins with the handle.
+        if header.operation == Operation::Release && self.request.len() >= IN_HEADER + size_of::<u64>() {
+            self.handles.remove(wire::long(&self.request, IN_HEADER));
+        }
+        if sent != Sent::Done {
+            return self.answer(memory, header.unique, Err(libc::EIO));
         }
         let expected = match header.operation {
             Operation::Open { handle_at } => Expected::File { handle_at },
-            Operation::Release => {
-                // `fuse_release_in` begins with the handle.
-                if self.request.len() >= IN_HEADER + size_of::<u64>() {
-                    self.handles.remove(wire::long(&self.request, IN_HEADER));
-                }
-                Expected::Bytes
-            }
             _ => Expected::Bytes,
         };
         let request = Request { queue, head, unique: header.unique, expected };
