@@ -16,10 +16,13 @@ use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::Signal;
 use nix::unistd::{Gid, Uid, chdir, pivot_root, setgroups, setresgid, setresuid};
 
-/// Open descriptors at most: slots, queues, vsock connections, disks.
-const NOFILE: u64 = 4096;
+use crate::devices::fs::HANDLES_MAX;
 
-/// Threads at most of all processes of its uid, which are its own: the main one, the devices', 32 vCPUs, KVM's, and as many to spare.
+/// Open descriptors at most: those of slots, queues, vsock connections and disks, which 4096 have always been enough for, and the
+/// files that the guest has open through file system devices. A guest may run several busy servers; what one does not use costs nothing.
+const NOFILE: u64 = 4096 + HANDLES_MAX as u64;
+
+/// Threads at most of all processes of its uid, which are its own: the main one, the devices' and the files', 32 vCPUs, KVM's, and as many to spare.
 const NPROC: u64 = 64;
 
 /// Who the VMM becomes and where it lives.

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{CpuId, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
+use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::arch::boot::{self, BootError};
@@ -25,9 +26,10 @@ use crate::devices::console::SharedRing;
 use crate::devices::factory::{self, FactoryError, Fds};
 use crate::devices::ports::Ports;
 use crate::memory::{self, Memory, MemoryError};
+use crate::seccomp;
 use crate::vcpu::{self, SaveContext, ThreadError, Vcpu};
 use crate::virtio::registers::{RegisterPages, SlotRegisters};
-use crate::virtio::slot::{Slot, SlotError, SlotState, regs};
+use crate::virtio::slot::{Plugged, Slot, SlotError, SlotState, regs};
 use crate::worker::Worker;
 
 /// Why a machine could not be made or changed.
@@ -96,6 +98,9 @@ pub struct Machine {
     memory_mib: u32,
     board: Arc<Board>,
     worker: Worker,
+    /// Serves the file system devices: moving files' data must hold up neither streams nor disks. Most machines have none of them, so
+    /// the thread is made for the first.
+    files: Option<Worker>,
     console: SharedRing,
     serial: bool,
     supported: CpuId,
@@ -228,7 +233,7 @@ impl Machine {
         };
         let slots = (0..SLOTS).map(slot).collect::<Result<Box<[_]>, _>>()?;
         let board = Arc::new(Board::new(slots, ports, owner));
-        let worker = Worker::start(Arc::clone(&board))?;
+        let worker = Worker::start(Arc::clone(&board), seccomp::Thread::Devices)?;
         let machine = Self {
             kvm: kvm_fd,
             vm,
@@ -236,6 +241,7 @@ impl Machine {
             memory_mib,
             board,
             worker,
+            files: None,
             console,
             serial,
             supported,
@@ -303,6 +309,9 @@ impl Machine {
     /// # Errors
     /// [`MachineError`] when the slot is taken or the device's host side is not usable.
     pub fn plug(&mut self, number: u8, device: &Device, fds: &mut Fds) -> Result<(), MachineError> {
+        if matches!(device, Device::Fs { .. }) && self.files.is_none() {
+            self.files = Some(Worker::start(Arc::clone(&self.board), seccomp::Thread::Files)?);
+        }
         let slot = self.slot(number)?;
         slot.plug(factory::make(device, fds, &self.console)?)?;
         let wired = self.wire(number, slot);
@@ -315,13 +324,21 @@ impl Machine {
     /// Connects a slot's interrupt and its queues' notifications.
     fn wire(&self, number: u8, slot: &Slot) -> Result<(), MachineError> {
         kvm("KVM_IRQFD", self.vm.register_irqfd(slot.line(), slot_gsi(number)))?;
-        let guard = slot.lock();
-        let plugged = guard.as_ref().ok_or(SlotError::Empty(number))?;
+        let mut guard = slot.lock();
+        let plugged = guard.as_mut().ok_or(SlotError::Empty(number))?;
         let notify = IoEventAddress::Mmio(slot_address(number) + regs::QUEUE_NOTIFY as u64);
         for (queue, kick) in (0u32..).zip(plugged.kicks()) {
             kvm("KVM_IOEVENTFD", self.vm.register_ioevent(kick, &notify, queue))?;
         }
-        Ok(self.worker.add(number, plugged)?)
+        Ok(self.worker_of(plugged).add(number, plugged)?)
+    }
+
+    /// The thread that serves a device.
+    fn worker_of(&self, device: &Plugged) -> &Worker {
+        match &self.files {
+            Some(files) if device.device_type() == VIRTIO_ID_FS => files,
+            _ => &self.worker,
+        }
     }
 
     /// Takes the device out of a slot. Its driver must have let go of it.
@@ -331,7 +348,7 @@ impl Machine {
     pub fn unplug(&mut self, number: u8) -> Result<(), MachineError> {
         let slot = self.slot(number)?;
         let plugged = slot.unplug()?;
-        self.worker.remove(&plugged)?;
+        self.worker_of(&plugged).remove(&plugged)?;
         let notify = IoEventAddress::Mmio(slot_address(number) + regs::QUEUE_NOTIFY as u64);
         for (queue, kick) in (0u32..).zip(plugged.kicks()) {
             kvm("KVM_IOEVENTFD", self.vm.unregister_ioevent(kick, &notify, queue))?;

@@ -22,7 +22,7 @@ use crate::memory::{self, Memory, MemoryError};
 
 const MAGIC: [u8; 8] = *b"BLKHDVM\0";
 /// Raised with every change of any state's type. There is no migration: a saved machine is a cache, made again when it does not fit.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 const HEADER_LEN: usize = 48;
 /// Longest state in bytes: 32 vCPUs of some 20 KiB, and little more.
 const STATE_MAX: u64 = 4 << 20;

@@ -69,7 +69,7 @@ impl Vcpu {
         let immediate_exit = ImmediateExit(&raw mut fd.get_kvm_run().immediate_exit);
         let (commands, receiver) = channel();
         let thread = Builder::new()
-            .name(format!("vcpu{id}"))
+            .name(format!("{}{id}", Thread::Vcpu.name()))
             .spawn(move || {
                 seccomp::confine(Thread::Vcpu);
                 let reason = Runner { fd, board: Arc::clone(&board) }.obey(&receiver);

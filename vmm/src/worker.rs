@@ -1,7 +1,7 @@
-//! The thread that does the devices' work: it waits for the queues' notifications and the devices' host sides.
+//! A thread that does devices' work: it waits for the queues' notifications and the devices' host sides.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -21,15 +21,15 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Starts the thread.
+    /// Starts the thread, which is of a kind that can serve the devices it will get.
     ///
     /// # Errors
     /// When the host is out of descriptors or threads.
-    pub fn start(board: Arc<Board>) -> io::Result<Self> {
+    pub fn start(board: Arc<Board>, thread: Thread) -> io::Result<Self> {
         let epoll = Arc::new(Epoll::new()?);
         let theirs = Arc::clone(&epoll);
-        std::thread::Builder::new().name("devices".to_owned()).spawn(move || {
-            seccomp::confine(Thread::Devices);
+        std::thread::Builder::new().name(thread.name().to_owned()).spawn(move || {
+            seccomp::confine(thread);
             work(&theirs, &board);
         })?;
         Ok(Self { epoll })
@@ -39,11 +39,13 @@ impl Worker {
     ///
     /// # Errors
     /// When the host refuses.
-    pub fn add(&self, slot: u8, device: &Plugged) -> io::Result<()> {
-        watched(device).try_for_each(|(fd, number)| {
-            let event = EpollEvent::new(EventSet::IN, u64::from(slot) << 32 | u64::from(number));
-            self.epoll.ctl(ControlOperation::Add, fd, event)
-        })
+    pub fn add(&self, slot: u8, device: &mut Plugged) -> io::Result<()> {
+        let data = |number: u32| u64::from(slot) << 32 | u64::from(number);
+        for (kick, queue) in device.kicks().iter().zip(0..) {
+            let event = EpollEvent::new(EventSet::IN, data(queue));
+            self.epoll.ctl(ControlOperation::Add, kick.as_raw_fd(), event)?;
+        }
+        device.watch_host(&self.epoll, data(HOST))
     }
 
     /// Watches a device no longer.
@@ -51,15 +53,11 @@ impl Worker {
     /// # Errors
     /// When it was not watched.
     pub fn remove(&self, device: &Plugged) -> io::Result<()> {
-        watched(device)
-            .try_for_each(|(fd, _)| self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default()))
+        let kicks = device.kicks().iter().map(AsRawFd::as_raw_fd);
+        kicks
+            .chain(device.host_fd())
+            .try_for_each(|fd| self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default()))
     }
-}
-
-/// The descriptors of a device, each with the number of its queue or [`HOST`].
-fn watched(device: &Plugged) -> impl Iterator<Item = (RawFd, u32)> + '_ {
-    let queues = device.kicks().iter().map(AsRawFd::as_raw_fd).zip(0..);
-    queues.chain(device.host_fd().map(|fd| (fd, HOST)))
 }
 
 #[allow(clippy::cast_possible_truncation)] // the two halves of an event's 64 bits

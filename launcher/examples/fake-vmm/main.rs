@@ -122,7 +122,7 @@ impl Started {
                 Device::Vsock { listener: fd, .. } => {
                     listener = Some(UnixListener::from(OwnedFd::from(take(*fd))));
                 }
-                Device::Rng | Device::Console | Device::Balloon => {}
+                Device::Rng | Device::Console | Device::Balloon | Device::Fs { .. } => {}
             }
         }
         if directive == "refuse" {

@@ -127,6 +127,13 @@ pub enum Device {
     Console,
     /// Gives memory that the guest has freed back to the host.
     Balloon,
+    /// A file system that a file server keeps, outside of the VMM.
+    Fs {
+        /// A connected SEQPACKET socket to the server, which speaks what [`fs`](crate::devices::fs) says.
+        server: Fd,
+        /// What the guest mounts it by: 1 to [`TAG_LEN`](crate::devices::fs::TAG_LEN) bytes, none of them NUL.
+        tag: String,
+    },
 }
 
 /// A disk made of one file or of several.

@@ -9,6 +9,7 @@ use super::balloon::Balloon;
 use super::block::Block;
 use super::block::disk::{Disk, DiskError};
 use super::console::{Console, SharedRing};
+use super::fs::{Fs, FsError};
 use super::rng::Rng;
 use super::vsock::{Vsock, VsockError};
 use crate::control::message::{self, BlockLayout, Device, Fd};
@@ -32,6 +33,9 @@ pub enum FactoryError {
     /// See [`VsockError`].
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// See [`FsError`].
+    #[error(transparent)]
+    Fs(#[from] FsError),
 }
 
 /// The descriptors of one request, each to be taken once.
@@ -78,6 +82,7 @@ pub fn make(
         Device::Rng => Box::new(Rng),
         Device::Console => Box::new(Console::new(console.clone())),
         Device::Balloon => Box::new(Balloon::default()),
+        Device::Fs { server, tag } => Box::new(Fs::new(fds.take(*server)?, tag)?),
     })
 }
 

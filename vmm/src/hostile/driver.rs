@@ -11,11 +11,13 @@ use virtio_bindings::virtio_config::{
 };
 use vm_memory::{Bytes, GuestAddress};
 
+use super::file_server::{self, FileServer};
 use crate::console_ring::{self, ConsoleRing};
 use crate::devices::balloon::Balloon;
 use crate::devices::block::disk::Disk;
 use crate::devices::block::{Block, SECTOR};
 use crate::devices::console::Console;
+use crate::devices::fs::Fs;
 use crate::devices::rng::Rng;
 use crate::devices::vsock::Vsock;
 use crate::memory::Memory;
@@ -45,10 +47,11 @@ pub(super) enum Kind {
     Console,
     Balloon,
     Vsock,
+    Fs,
 }
 
-pub(super) const KINDS: [Kind; 6] =
-    [Kind::Disk, Kind::ReadOnlyDisk, Kind::Rng, Kind::Console, Kind::Balloon, Kind::Vsock];
+pub(super) const KINDS: [Kind; 7] =
+    [Kind::Disk, Kind::ReadOnlyDisk, Kind::Rng, Kind::Console, Kind::Balloon, Kind::Vsock, Kind::Fs];
 
 /// A descriptor, 2.7.5 of the standard.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -75,6 +78,7 @@ pub(super) struct Driver {
     available: [u16; 3],
     used: [u16; 3],
     vsock: tempfile::TempDir,
+    server: FileServer,
 }
 
 impl Driver {
@@ -84,7 +88,8 @@ impl Driver {
         let console = tempfile::tempfile().unwrap();
         console.set_len(console_ring::FILE_SIZE as u64).unwrap();
         let vsock = tempfile::tempdir().unwrap();
-        let device = device(kind, &disk, &console, &vsock);
+        let mut server = FileServer::default();
+        let device = device(kind, &disk, &console, &vsock, &mut server);
         let sizes = device.queue_sizes();
 
         let ranges = REGIONS.map(|(start, end)| (GuestAddress(start), usize::try_from(end - start).unwrap()));
@@ -97,13 +102,13 @@ impl Driver {
         let slot = Slot::new(0, SlotRegisters::new(Arc::clone(&pages), 0), Arc::clone(&memory)).unwrap();
         slot.plug(device).unwrap();
         let (available, used) = ([0; 3], [0; 3]);
-        Self { kind, slot, memory, pages, disk, console, sizes, available, used, vsock }
+        Self { kind, slot, memory, pages, disk, console, sizes, available, used, vsock, server }
     }
 
     /// A fresh device of the same kind with the same host side.
     pub(super) fn twin(&self) -> Box<dyn VirtioDevice> {
         let _ = std::fs::remove_file(self.vsock.path().join("socket"));
-        device(self.kind, &self.disk, &self.console, &self.vsock)
+        device(self.kind, &self.disk, &self.console, &self.vsock, &mut FileServer::default())
     }
 
     /// A host program that wants to talk to the guest. Only where there is vsock.
@@ -214,6 +219,7 @@ impl Driver {
             for queue in 0..self.queues() {
                 self.slot.process_queue(queue);
             }
+            self.server.reply();
             self.slot.process_host();
         }
     }
@@ -241,6 +247,13 @@ impl Driver {
             [(0, length)] => length,
             ref other => panic!("{:?} does not answer an orderly driver: {other:?}", self.kind),
         }
+    }
+
+    /// Opens the file server's file. Only where there is one.
+    pub(super) fn open_file(&mut self) {
+        let (request, reply) = (BUFFERS, BUFFERS + 0x1000);
+        self.memory.write_slice(&file_server::open_request(), GuestAddress(request)).unwrap();
+        assert_eq!(self.ask(1, &[(request, 48, 0), (reply, 32, WRITE)]), 32);
     }
 
     /// Whatever has happened: after a reset the device serves a driver that behaves.
@@ -293,11 +306,26 @@ impl Driver {
                 self.memory.read_slice(&mut bytes, GuestAddress(reply)).unwrap();
                 assert_eq!((bytes[8], bytes[30]), (3, 3), "an RST for this guest");
             }
+            Kind::Fs => {
+                self.open_file();
+                self.memory.write_slice(&file_server::read_request(1, 9), GuestAddress(request)).unwrap();
+                assert_eq!(self.ask(1, &[(request, 80, 0), (reply, 16, WRITE), (reply + 16, 9, WRITE)]), 25);
+                self.memory.read_slice(&mut bytes, GuestAddress(reply)).unwrap();
+                let mut expected = [0; 9];
+                self.server.file().read_exact_at(&mut expected, 1).unwrap();
+                assert_eq!(bytes[16..25], expected);
+            }
         }
     }
 }
 
-fn device(kind: Kind, disk: &File, console: &File, vsock: &tempfile::TempDir) -> Box<dyn VirtioDevice> {
+fn device(
+    kind: Kind,
+    disk: &File,
+    console: &File,
+    vsock: &tempfile::TempDir,
+    server: &mut FileServer,
+) -> Box<dyn VirtioDevice> {
     let disk = || disk.try_clone().unwrap();
     match kind {
         Kind::Disk => Box::new(Block::new(Disk::whole(disk(), false).unwrap(), "serial")),
@@ -309,5 +337,6 @@ fn device(kind: Kind, disk: &File, console: &File, vsock: &tempfile::TempDir) ->
             let listener = UnixListener::bind(vsock.path().join("socket")).unwrap();
             Box::new(Vsock::new(listener.into(), 3).unwrap())
         }
+        Kind::Fs => Box::new(Fs::new(server.connect(), "shares").unwrap()),
     }
 }

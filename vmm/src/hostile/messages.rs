@@ -28,6 +28,7 @@ fn requests() -> Vec<Request> {
         (2, Device::Rng),
         (3, Device::Console),
         (4, Device::Balloon),
+        (5, Device::Fs { server: Fd(6), tag: "shares".to_owned() }),
     ];
     let boot = Boot {
         host: host.clone(),

@@ -7,10 +7,10 @@ use std::os::unix::fs::FileExt;
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::allocations;
 use super::driver::{
     BUFFERS, DISK_SECTORS, Desc, Driver, INDIRECT, KINDS, Kind, NEXT, REGIONS, TABLE_ENTRIES, TABLES, WRITE,
 };
+use super::{allocations, file_server};
 use crate::devices::block::SECTOR;
 use crate::virtio::slot::regs;
 
@@ -149,6 +149,44 @@ fn page_report() -> impl Strategy<Value = Vec<Piece>> {
     prop::collection::vec(piece, 1..6)
 }
 
+/// Chains that are nearly what a driver of a file system sends, and what they hold.
+fn file_request() -> impl Strategy<Value = (Vec<Piece>, Vec<u8>)> {
+    let opcode = prop_oneof![
+        2 => prop::sample::select(vec![1u32, 2, 3, 14, 18, 35, 36, 38, 42]),
+        1 => any::<u32>(),
+    ];
+    let body = prop_oneof![4 => Just(8usize), 2 => 0..200usize, 1 => 0..5000usize];
+    let other = (opcode, body).prop_map(|(opcode, length)| file_server::request(opcode, &vec![0; length]));
+    let offset = prop_oneof![4 => 0..50u64, 1 => any::<u64>()];
+    let size = prop_oneof![4 => 0..100u32, 1 => any::<u32>()];
+    let transfer = (any::<bool>(), 0..2u64, offset, size, prop::collection::vec(any::<u8>(), 0..100))
+        .prop_map(|(reads, handle, offset, size, data)| {
+            let data = if reads { Vec::new() } else { data };
+            let size = if reads || size > 50 { size } else { u32::try_from(data.len()).unwrap() };
+            file_server::request(
+                16 - u32::from(reads),
+                &[file_server::data_in(handle, offset, size), data].concat(),
+            )
+        });
+    let len = prop::option::weighted(0.1, any::<u32>());
+    let rooms = prop::collection::vec((address(), prop_oneof![Just(16u32), 0..200u32]), 0..4);
+    (prop_oneof![transfer, other], len, BUFFERS..REGIONS[0].1 - 0x2000, 0..100u32, rooms).prop_map(
+        |(mut bytes, len, address, cut, rooms)| {
+            let length = u32::try_from(bytes.len()).unwrap();
+            if let Some(len) = len {
+                bytes[..4].copy_from_slice(&len.to_le_bytes());
+            }
+            let piece =
+                |address: u64, length, flags| Piece { address, length, flags: flags | NEXT, next: None };
+            let cut = cut.min(length);
+            let mut pieces = vec![piece(address, cut, 0), piece(address + u64::from(cut), length - cut, 0)];
+            pieces.retain(|piece| piece.length > 0);
+            pieces.extend(rooms.into_iter().map(|(address, length)| piece(address, length, WRITE)));
+            (pieces, bytes)
+        },
+    )
+}
+
 fn chain() -> impl Strategy<Value = Chain> {
     let pieces = prop_oneof![
         5 => disk_request(),
@@ -159,8 +197,9 @@ fn chain() -> impl Strategy<Value = Chain> {
     let elsewhere = prop::option::weighted(0.1, address());
     let length = prop::option::weighted(0.2, length());
     let table = (elsewhere, length).prop_map(|(elsewhere, length)| Table { elsewhere, length });
-    (0..3usize, pieces, payload(), prop::option::weighted(0.3, table))
-        .prop_map(|(queue, pieces, payload, indirect)| Chain { queue, pieces, payload, indirect })
+    let request = prop_oneof![3 => (pieces, payload()), 1 => file_request()];
+    (0..3usize, request, prop::option::weighted(0.3, table))
+        .prop_map(|(queue, (pieces, payload), indirect)| Chain { queue, pieces, payload, indirect })
 }
 
 /// What the device may write, by what the driver has put into the rings.
@@ -235,6 +274,9 @@ fn offer(driver: &mut Driver, chains: &[Chain]) -> Given {
 fn attack(kind: Kind, chains: &[Chain]) {
     let mut driver = Driver::new(kind);
     driver.set_up();
+    if kind == Kind::Fs {
+        driver.open_file();
+    }
     let given = offer(&mut driver, chains);
     let host = (kind == Kind::Vsock).then(|| driver.dial());
     if let Some(mut host) = host.as_ref() {

@@ -121,6 +121,16 @@ pub(super) const DEVICES: &[Call] = &[
     only(SYS_madvise, 2, &[bits(libc::MADV_DONTNEED)]),
 ];
 
+/// The thread that does the work of file system devices. What it sends, a vCPU sends too, when the driver resets such a device.
+pub(super) const FILES: &[Call] = &[
+    any(SYS_epoll_wait),
+    // The server's replies, and the files among them.
+    any(SYS_recvmsg),
+    // Between those files and guest memory.
+    any(SYS_preadv),
+    any(SYS_pwritev),
+];
+
 /// A vCPU's thread.
 pub(super) const VCPU: &[Call] = &[only(SYS_ioctl, 1, kvm::VCPU)];
 

@@ -12,14 +12,14 @@ mod calls;
 mod kvm;
 mod program;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::io;
 use std::sync::OnceLock;
 
 use libc::{sock_filter, sock_fprog};
 
-use self::calls::{CONTROL, DEVICES, EVERY, VCPU};
+use self::calls::{CONTROL, DEVICES, EVERY, FILES, VCPU};
 use self::program::{TooLong, compile};
 
 /// Why a filter is not in force.
@@ -53,8 +53,21 @@ static PROGRAMS: OnceLock<Programs> = OnceLock::new();
 pub enum Thread {
     /// The devices' work.
     Devices,
+    /// The work of file system devices.
+    Files,
     /// A vCPU.
     Vcpu,
+}
+
+impl Thread {
+    /// The name that the host shows of it; a vCPU's number comes behind it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Devices => "devices",
+            Self::Files => "files",
+            Self::Vcpu => "vcpu",
+        }
+    }
 }
 
 /// Confines the calling thread, which must be the only one, and all that it makes. The process must have no_new_privs.
@@ -64,7 +77,7 @@ pub enum Thread {
 pub fn lock_down() -> Result<(), SeccompError> {
     keep_malloc_from_files();
     let programs = Programs { devices: compile(&[EVERY, DEVICES])?, vcpu: compile(&[EVERY, VCPU])? };
-    let control = compile(&[EVERY, DEVICES, VCPU, CONTROL])?;
+    let control = compile(&[EVERY, DEVICES, FILES, VCPU, CONTROL])?;
     PROGRAMS.set(programs).map_err(|_| SeccompError::Twice)?;
     install(&control)
 }
@@ -77,6 +90,10 @@ pub fn confine(thread: Thread) {
     let programs = PROGRAMS.get().expect("the process is locked down before a machine is made");
     let program = match thread {
         Thread::Devices => &programs.devices,
+        // Made when it is needed: most machines have no such thread.
+        Thread::Files => {
+            &compile(&[EVERY, FILES]).expect("the filter of all threads, which is longer, has been made")
+        }
         Thread::Vcpu => &programs.vcpu,
     };
     install(program).expect("the kernel has taken the filter of another thread");

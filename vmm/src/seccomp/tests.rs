@@ -4,7 +4,7 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
 
-use super::calls::{self, Uses};
+use super::calls::{self, Call, Uses};
 use super::*;
 
 /// System calls with which a taken-over VMM would begin. A filter that allows any of them is no jail.
@@ -33,10 +33,11 @@ const FORBIDDEN: [(&str, i64); 22] = [
     ("userfaultfd", libc::SYS_userfaultfd),
 ];
 
-fn filters() -> [(&'static str, Vec<sock_filter>); 3] {
+fn filters() -> [(&'static str, Vec<sock_filter>); 4] {
     [
-        ("control", compile(&[EVERY, DEVICES, VCPU, CONTROL]).unwrap()),
+        ("control", compile(&[EVERY, DEVICES, FILES, VCPU, CONTROL]).unwrap()),
         ("devices", compile(&[EVERY, DEVICES]).unwrap()),
+        ("files", compile(&[EVERY, FILES]).unwrap()),
         ("vcpu", compile(&[EVERY, VCPU]).unwrap()),
     ]
 }
@@ -64,6 +65,34 @@ fn violates(status: WaitStatus) -> bool {
 
 fn exits(status: WaitStatus, code: i32) -> bool {
     matches!(status, WaitStatus::Exited(_, got) if got == code)
+}
+
+/// With debug assertions the standard library asks whether a descriptor that it is about to close is open.
+const CHECKS: &[Call] = &[Call {
+    number: libc::SYS_fcntl,
+    uses: Uses::Where { argument: 1, mask: u32::MAX, values: &[libc::F_GETFD.cast_unsigned()] },
+}];
+
+/// True when a kind of thread may do something. It does it in a child, of which nothing comes back, and must not panic.
+pub(crate) fn allows(thread: Thread, act: impl FnOnce()) -> bool {
+    let filter = match thread {
+        Thread::Devices => compile(&[EVERY, DEVICES, CHECKS]),
+        Thread::Files => compile(&[EVERY, FILES, CHECKS]),
+        Thread::Vcpu => compile(&[EVERY, VCPU, CHECKS]),
+    };
+    let act = || {
+        // A test's thread has a heap of its own, which a VMM's has not: here it must neither grow nor shrink.
+        // SAFETY: sets numbers in the allocator.
+        unsafe {
+            libc::mallopt(libc::M_MMAP_THRESHOLD, 0);
+            libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+        }
+        match std::panic::catch_unwind(std::panic::AssertUnwindSafe(act)) {
+            Ok(()) => 7,
+            Err(_) => 8,
+        }
+    };
+    exits(ends(&filter.unwrap(), act), 7)
 }
 
 /// Makes a system call whose arguments beyond these are zero.
@@ -112,24 +141,27 @@ fn allowed_calls_kill_when_their_arguments_are_not() {
 
 #[test]
 fn each_kind_of_thread_has_only_its_own_calls() {
-    let [control, devices, vcpu] = filters().map(|(_, filter)| filter);
+    let [control, devices, files, vcpu] = filters().map(|(_, filter)| filter);
     // Descriptor -1: whatever is allowed fails and does nothing.
-    let (run, accept) = ([u64::MAX, 0xae80, 0, 0], [u64::MAX, 0, 0, 0]);
-    let try_both = |filter: &[sock_filter]| {
-        [(libc::SYS_ioctl, run), (libc::SYS_accept4, accept)].map(|(number, arguments)| {
-            let status = ends(filter, || i32::from(call(number, arguments) != -1));
-            assert!(exits(status, 0) || violates(status), "{status:?}");
-            exits(status, 0)
-        })
+    let (run, none) = ([u64::MAX, 0xae80, 0, 0], [u64::MAX, 0, 0, 0]);
+    let try_all = |filter: &[sock_filter]| {
+        [(libc::SYS_ioctl, run), (libc::SYS_accept4, none), (libc::SYS_preadv, none)].map(
+            |(number, arguments)| {
+                let status = ends(filter, || i32::from(call(number, arguments) != -1));
+                assert!(exits(status, 0) || violates(status), "{status:?}");
+                exits(status, 0)
+            },
+        )
     };
-    assert_eq!(try_both(&vcpu), [true, false]);
-    assert_eq!(try_both(&devices), [false, true]);
-    assert_eq!(try_both(&control), [true, true], "a thread inherits the control thread's filter");
+    assert_eq!(try_all(&vcpu), [true, false, false]);
+    assert_eq!(try_all(&devices), [false, true, true]);
+    assert_eq!(try_all(&files), [false, false, true]);
+    assert_eq!(try_all(&control), [true, true, true], "a thread inherits the control thread's filter");
 }
 
 #[test]
 fn a_thread_is_made_and_narrows_its_own_filter() {
-    let [control, devices, _] = filters().map(|(_, filter)| filter);
+    let [control, devices, _, _] = filters().map(|(_, filter)| filter);
     let (mut narrowed, mut wide) = (None, None);
     for (result, number) in [(&mut narrowed, libc::SYS_lseek), (&mut wide, libc::SYS_getpid)] {
         *result = Some(ends(&control, || {
@@ -152,8 +184,7 @@ fn a_thread_is_made_and_narrows_its_own_filter() {
 
 #[test]
 fn a_panic_is_told_before_it_ends_the_process() {
-    let [control, devices, vcpu] = filters().map(|(_, filter)| filter);
-    for filter in [control, devices, vcpu] {
+    for (_, filter) in filters() {
         let (reader, writer) = nix::unistd::pipe().unwrap();
         let status = ends(&filter, || {
             let _ = nix::unistd::write(&writer, b"why");
@@ -168,7 +199,7 @@ fn a_panic_is_told_before_it_ends_the_process() {
 
 #[test]
 fn an_argument_that_one_table_restricts_is_open_in_no_other() {
-    let all = || [EVERY, DEVICES, VCPU, CONTROL].into_iter().flatten();
+    let all = || [EVERY, DEVICES, FILES, VCPU, CONTROL].into_iter().flatten();
     for call in all().filter(|call| matches!(call.uses, Uses::Any)) {
         let uses = all().filter(|other| other.number == call.number);
         assert!(uses.into_iter().all(|call| matches!(call.uses, Uses::Any)), "{call:?}");

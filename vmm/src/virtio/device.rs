@@ -2,6 +2,8 @@
 
 use std::os::fd::RawFd;
 
+use vmm_sys_util::epoll::EventSet;
+
 use super::io::DeviceIo;
 use crate::devices::DeviceState;
 
@@ -52,12 +54,18 @@ pub trait VirtioDevice: Send {
     /// [`DeviceError`] when the device cannot go on.
     fn process_queue(&mut self, queue: usize, io: &mut DeviceIo<'_>) -> Result<(), DeviceError>;
 
-    /// A descriptor that is readable when the device's host side has something to do, for as long as the device is plugged.
+    /// A descriptor that is ready when the device's host side has something to do. It stays the same for as long as the device is
+    /// plugged, unless the device closes it, which ends the watch over it: from then on there is none.
     fn host_fd(&self) -> Option<RawFd> {
         None
     }
 
-    /// That descriptor is readable. Also called when the driver is not ready yet, with no queue ready.
+    /// What makes that descriptor ready. Asked again whenever the device has done something.
+    fn host_events(&self) -> EventSet {
+        EventSet::IN
+    }
+
+    /// That descriptor is ready. Also called when the driver is not ready yet, with no queue ready.
     ///
     /// # Errors
     /// As [`process_queue`](Self::process_queue).

@@ -13,6 +13,17 @@ use crate::memory::Memory;
 /// A descriptor chain that the driver made available.
 pub type Chain<'m> = DescriptorChain<&'m Memory>;
 
+/// What has become of a chain that a device was handed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It goes back to the driver with so many bytes written to it.
+    Used(u32),
+    /// The device keeps it, and gives it back by [`push`](DeviceIo::push) later.
+    Kept,
+    /// It stays in the ring and ends the turn. The device comes back for it without being notified.
+    Left,
+}
+
 /// The interrupt of one slot: a line of the IOAPIC, and the reason in the slot's InterruptStatus register.
 #[derive(Debug)]
 pub struct Interrupt {
@@ -125,6 +136,18 @@ impl<'a> DeviceIo<'a> {
         queue: usize,
         mut handle: impl FnMut(&'a Memory, Chain<'a>) -> Result<u32, DeviceError>,
     ) -> Result<(), DeviceError> {
+        self.take_turn_with(queue, |memory, chain| handle(memory, chain).map(Fate::Used))
+    }
+
+    /// As [`take_turn`](Self::take_turn), for devices that do not give every chain back at once.
+    ///
+    /// # Errors
+    /// As [`take_turn`](Self::take_turn).
+    pub fn take_turn_with(
+        &mut self,
+        queue: usize,
+        mut handle: impl FnMut(&'a Memory, Chain<'a>) -> Result<Fate, DeviceError>,
+    ) -> Result<(), DeviceError> {
         self.queues[queue].disable_notification(self.memory)?;
         let mut left = self.queues[queue].size();
         loop {
@@ -137,8 +160,14 @@ impl<'a> DeviceIo<'a> {
                 }
                 left -= 1;
                 let head = chain.head_index();
-                let written = handle(self.memory, chain)?;
-                self.push(queue, head, written)?;
+                match handle(self.memory, chain)? {
+                    Fate::Used(written) => self.push(queue, head, written)?,
+                    Fate::Kept => {}
+                    Fate::Left => {
+                        self.unpop(queue);
+                        return self.notify(queue);
+                    }
+                }
             }
             if !self.watch(queue)? {
                 return self.notify(queue);

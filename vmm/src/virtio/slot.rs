@@ -12,11 +12,13 @@ use virtio_bindings::virtio_config::{
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueState, QueueT};
+use vmm_sys_util::epoll::Epoll;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{DeviceError, VirtioDevice};
 use super::io::{DeviceIo, Interrupt};
 use super::registers::SlotRegisters;
+use super::watch::HostWatch;
 use crate::complaint::complain;
 use crate::devices::DeviceState;
 use crate::memory::Memory;
@@ -98,6 +100,7 @@ pub struct Plugged {
     device: Box<dyn VirtioDevice>,
     queues: Vec<Queue>,
     kicks: Vec<EventFd>,
+    watch: Option<HostWatch>,
     status: u32,
     device_features_sel: u32,
     driver_features_sel: u32,
@@ -305,6 +308,9 @@ impl Slot {
             complain(format_args!("slot {}: {error}; the device needs a reset", self.number));
             self.needs_reset(plugged);
         }
+        if let Some(watch) = &mut plugged.watch {
+            watch.follow(plugged.device.as_ref());
+        }
     }
 
     fn show_placeholder(&self) {
@@ -392,6 +398,7 @@ impl Plugged {
             device,
             queues,
             kicks,
+            watch: None,
             status: 0,
             device_features_sel: 0,
             driver_features_sel: 0,
@@ -405,9 +412,23 @@ impl Plugged {
         &self.kicks
     }
 
-    /// What is readable when the device's host side has something to do.
+    /// What is ready when the device's host side has something to do.
     pub fn host_fd(&self) -> Option<std::os::fd::RawFd> {
         self.device.host_fd()
+    }
+
+    /// Its type, section 5 of the standard.
+    pub fn device_type(&self) -> u32 {
+        self.device.device_type()
+    }
+
+    /// Has the device's host side, if it has one, watched in `epoll`, which says `data` when it is ready.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    pub fn watch_host(&mut self, epoll: &Arc<Epoll>, data: u64) -> Result<(), std::io::Error> {
+        self.watch = HostWatch::start(epoll, data, self.device.as_ref())?;
+        Ok(())
     }
 
     fn offered(&self) -> u64 {

@@ -3,12 +3,11 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 
 use vm_memory::VolatileSlice;
-use vm_memory::volatile_memory::Error as VolatileMemoryError;
 
 use super::{SECTOR, gpt};
+use crate::devices::transfer::{Direction, take_front, transfer};
 
 /// Why files do not make a disk.
 #[derive(Debug, thiserror::Error)]
@@ -92,7 +91,7 @@ impl Disk {
                 }
                 Ok(())
             }
-            Source::File(file, offset) => transfer(file, offset, slices, Direction::Read),
+            Source::File(file, offset) => read(file, offset, slices),
             Source::Nothing => {
                 slices.iter().for_each(zero);
                 Ok(())
@@ -109,7 +108,7 @@ impl Disk {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
         self.for_pieces(at, memory, |source, slices| match source {
-            Source::File(file, offset) => transfer(file, offset, slices, Direction::Write),
+            Source::File(file, offset) => write(file, offset, slices),
             Source::Head(_) | Source::Nothing => Err(io::ErrorKind::PermissionDenied.into()),
         })
     }
@@ -176,83 +175,24 @@ impl Extent {
     }
 }
 
-/// Takes at most `length` bytes off the front.
-pub(super) fn take_front<'a>(
-    rest: &mut VecDeque<VolatileSlice<'a>>,
-    length: u64,
-) -> Result<Vec<VolatileSlice<'a>>, VolatileMemoryError> {
-    let mut left = usize::try_from(length).unwrap_or(usize::MAX);
-    let mut taken = Vec::with_capacity(rest.len());
-    while left > 0 {
-        let Some(slice) = rest.pop_front() else { break };
-        if slice.len() <= left {
-            left -= slice.len();
-            taken.push(slice);
-        } else {
-            let (now, later) = slice.split_at(left)?;
-            taken.push(now);
-            rest.push_front(later);
-            left = 0;
-        }
-    }
-    Ok(taken)
-}
-
 fn zero(slice: &VolatileSlice<'_>) {
     let guard = slice.ptr_guard_mut();
     // SAFETY: the pointer is valid for the slice's length while the guard lives; the guest may see the bytes change.
     unsafe { std::ptr::write_bytes(guard.as_ptr(), 0, slice.len()) };
 }
 
-#[derive(Clone, Copy)]
-enum Direction {
-    Read,
-    Write,
+/// Fills memory from a file. What the file has lost since it was opened reads as zeros.
+fn read(file: &File, offset: u64, slices: &[VolatileSlice<'_>]) -> io::Result<()> {
+    let mut rest = slices.iter().copied().collect();
+    transfer(file, offset, &mut rest, Direction::Read)?;
+    rest.iter().for_each(zero);
+    Ok(())
 }
 
-/// Moves all bytes between a file and guest memory. What the file has lost since it was opened reads as zeros.
-fn transfer(
-    file: &File,
-    mut offset: u64,
-    slices: &[VolatileSlice<'_>],
-    direction: Direction,
-) -> io::Result<()> {
-    let mut rest: VecDeque<VolatileSlice<'_>> = slices.iter().copied().collect();
-    while !rest.is_empty() {
-        let guards: Vec<_> = rest.iter().map(VolatileSlice::ptr_guard_mut).collect();
-        let iovecs: Vec<libc::iovec> = guards
-            .iter()
-            .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() })
-            .collect();
-        let count = libc::c_int::try_from(iovecs.len()).map_err(io::Error::other)?;
-        let at = i64::try_from(offset).map_err(io::Error::other)?;
-        // SAFETY: each vector is valid for its length while its guard lives; the guest may change the bytes or see them
-        // change, as it may with any device.
-        let moved = unsafe {
-            match direction {
-                Direction::Read => libc::preadv64(file.as_raw_fd(), iovecs.as_ptr(), count, at),
-                Direction::Write => libc::pwritev64(file.as_raw_fd(), iovecs.as_ptr(), count, at),
-            }
-        };
-        match (u64::try_from(moved), direction) {
-            (Ok(0), Direction::Read) => {
-                rest.iter().for_each(zero);
-                return Ok(());
-            }
-            (Ok(0), Direction::Write) => return Err(io::ErrorKind::WriteZero.into()),
-            (Ok(moved), _) => {
-                offset += moved;
-                take_front(&mut rest, moved).map_err(io::Error::other)?;
-            }
-            (Err(_), _) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            }
-        }
-    }
-    Ok(())
+fn write(file: &File, offset: u64, slices: &[VolatileSlice<'_>]) -> io::Result<()> {
+    let mut rest = slices.iter().copied().collect();
+    transfer(file, offset, &mut rest, Direction::Write)?;
+    if rest.is_empty() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
 }
 
 #[cfg(test)]

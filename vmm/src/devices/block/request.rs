@@ -8,9 +8,10 @@ use virtio_bindings::virtio_blk::{
 };
 use vm_memory::{GuestMemory, Permissions, VolatileSlice};
 
-use super::disk::{Disk, take_front};
+use super::disk::Disk;
 use super::{SECTOR, SEG_MAX, SERIAL_LEN};
 use crate::complaint::complain;
+use crate::devices::transfer::take_front;
 use crate::memory::Memory;
 use crate::virtio::device::DeviceError;
 use crate::virtio::io::Chain;

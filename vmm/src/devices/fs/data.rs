@@ -1,0 +1,93 @@
+//! READ and WRITE, which the server does not see: data between files and guest memory.
+
+use super::buffer::Buffer;
+use super::handles::Handles;
+use super::wire::{self, DATA_IN, DataIn, IN_HEADER, OUT_HEADER};
+use super::{DATA_MAX, Fs};
+use crate::devices::transfer::{Direction, transfer};
+use crate::memory::Memory;
+use crate::virtio::device::DeviceError;
+use crate::virtio::io::Fate;
+
+impl Fs {
+    /// READ: fills the room for the answer from a file.
+    ///
+    /// # Errors
+    /// None, since memory is there as long as the machine.
+    pub(super) fn read(&self, memory: &Memory, unique: u64) -> Result<Fate, DeviceError> {
+        let Some(asked) = self.data_in(memory)? else {
+            return self.answer(memory, unique, Err(libc::EINVAL));
+        };
+        if asked.size > self.writable.bytes() - OUT_HEADER {
+            return self.answer(memory, unique, Err(libc::EINVAL));
+        }
+        let data = (&self.writable, OUT_HEADER);
+        match move_data(memory, &self.handles, asked, data, Direction::Read)? {
+            Ok(moved) => {
+                let mut header = wire::answer(unique, 0, &[]);
+                let length = u32::try_from(OUT_HEADER + moved).expect("at most DATA_MAX and a header");
+                header[..4].copy_from_slice(&length.to_le_bytes());
+                self.writable.write(memory, &header)?;
+                Ok(Fate::Used(length))
+            }
+            Err(errno) => self.answer(memory, unique, Err(errno)),
+        }
+    }
+
+    /// WRITE: puts the rest of the request into a file.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub(super) fn write(&self, memory: &Memory, unique: u64) -> Result<Fate, DeviceError> {
+        let Some(asked) = self.data_in(memory)? else {
+            return self.answer(memory, unique, Err(libc::EINVAL));
+        };
+        let after = IN_HEADER + DATA_IN;
+        // `fuse_write_out`: how much was written, and padding.
+        let mut body = [0; 8];
+        if asked.size != self.readable.bytes() - after || self.writable.bytes() < OUT_HEADER + body.len() {
+            return self.answer(memory, unique, Err(libc::EINVAL));
+        }
+        let data = (&self.readable, after);
+        match move_data(memory, &self.handles, asked, data, Direction::Write)? {
+            Ok(moved) => {
+                let moved = u32::try_from(moved).expect("at most DATA_MAX");
+                body[..4].copy_from_slice(&moved.to_le_bytes());
+                self.answer(memory, unique, Ok(&body))
+            }
+            Err(errno) => self.answer(memory, unique, Err(errno)),
+        }
+    }
+
+    /// What READ or WRITE at hand asks for, if it is within bounds.
+    fn data_in(&self, memory: &Memory) -> Result<Option<DataIn>, DeviceError> {
+        if self.readable.bytes() < IN_HEADER + DATA_IN {
+            return Ok(None);
+        }
+        let mut bytes = [0; DATA_IN];
+        self.readable.read(memory, IN_HEADER, &mut bytes)?;
+        let asked = DataIn::parse(&bytes);
+        let end = asked.offset.checked_add(asked.size as u64);
+        let in_bounds = asked.size <= DATA_MAX && end.is_some_and(|end| i64::try_from(end).is_ok());
+        Ok(in_bounds.then_some(asked))
+    }
+}
+
+/// Moves the data of a READ or WRITE, and says how much that was: less than was asked for only at the end of the file, or when the host
+/// has no room or fails halfway. The error is an errno.
+fn move_data(
+    memory: &Memory,
+    handles: &Handles,
+    asked: DataIn,
+    (buffer, after): (&Buffer, usize),
+    direction: Direction,
+) -> Result<Result<usize, i32>, DeviceError> {
+    let Some(file) = handles.get(asked.handle) else { return Ok(Err(libc::EBADF)) };
+    let mut rest = buffer.slices(memory, after, asked.size)?;
+    let result = transfer(file, asked.offset, &mut rest, direction);
+    let moved = asked.size - rest.iter().map(vm_memory::VolatileSlice::len).sum::<usize>();
+    Ok(match result {
+        Err(error) if moved == 0 => Err(error.raw_os_error().unwrap_or(libc::EIO)),
+        _ => Ok(moved),
+    })
+}
