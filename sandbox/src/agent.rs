@@ -190,10 +190,23 @@ impl Agent {
     /// # Errors
     /// [`AgentError`], as for every call.
     pub async fn signal(&self, process: &ProcessId, signal: u32) -> Result<(), AgentError> {
+        self.signal_whom(process, signal, false).await
+    }
+
+    /// Sends a signal to every process of a container.
+    ///
+    /// # Errors
+    /// [`AgentError`], as for every call.
+    pub async fn signal_all(&self, container_id: &str, signal: u32) -> Result<(), AgentError> {
+        self.signal_whom(&ProcessId::init(container_id), signal, true).await
+    }
+
+    async fn signal_whom(&self, process: &ProcessId, signal: u32, all: bool) -> Result<(), AgentError> {
         let request = messages::SignalProcessRequest {
             container_id: process.container_id.clone(),
             exec_id: process.exec_id.clone(),
             signal,
+            all,
             ..Default::default()
         };
         within(CALL_TIMEOUT_S, self.client.signal_process(Context::default(), &request)).await.map(drop)
@@ -225,6 +238,86 @@ impl Agent {
             ..Default::default()
         };
         within(CALL_TIMEOUT_S, self.client.resize_terminal(Context::default(), &request)).await.map(drop)
+    }
+
+    /// Ends a process's input after what has arrived of it.
+    ///
+    /// # Errors
+    /// [`AgentError`], as for every call.
+    pub async fn close_stdin(&self, process: &ProcessId) -> Result<(), AgentError> {
+        let request = messages::CloseStdinRequest {
+            container_id: process.container_id.clone(),
+            exec_id: process.exec_id.clone(),
+            ..Default::default()
+        };
+        within(CALL_TIMEOUT_S, self.client.close_stdin(Context::default(), &request)).await.map(drop)
+    }
+
+    /// Removes a container, whatever state it is in.
+    ///
+    /// # Errors
+    /// [`AgentError`], as for every call.
+    pub async fn remove_container(&self, container_id: &str) -> Result<(), AgentError> {
+        let request = messages::RemoveContainerRequest {
+            container_id: container_id.into(),
+            force: true,
+            ..Default::default()
+        };
+        within(CALL_TIMEOUT_S, self.client.remove_container(Context::default(), &request)).await.map(drop)
+    }
+
+    /// Changes a container's limits: `resources` is the JSON of `linux.resources` in the OCI runtime specification.
+    ///
+    /// # Errors
+    /// [`AgentError`], as for every call.
+    pub async fn update(&self, container_id: &str, resources: Vec<u8>) -> Result<(), AgentError> {
+        let request = messages::UpdateContainerRequest {
+            container_id: container_id.into(),
+            resources,
+            ..Default::default()
+        };
+        within(CALL_TIMEOUT_S, self.client.update_container(Context::default(), &request)).await.map(drop)
+    }
+
+    /// Freezes every process of a container.
+    ///
+    /// # Errors
+    /// [`AgentError`], as for every call.
+    pub async fn pause(&self, container_id: &str) -> Result<(), AgentError> {
+        let request =
+            messages::PauseContainerRequest { container_id: container_id.into(), ..Default::default() };
+        within(CALL_TIMEOUT_S, self.client.pause_container(Context::default(), &request)).await.map(drop)
+    }
+
+    /// Lets a container's processes go on.
+    ///
+    /// # Errors
+    /// [`AgentError`], as for every call.
+    pub async fn resume(&self, container_id: &str) -> Result<(), AgentError> {
+        let request =
+            messages::ResumeContainerRequest { container_id: container_id.into(), ..Default::default() };
+        within(CALL_TIMEOUT_S, self.client.resume_container(Context::default(), &request)).await.map(drop)
+    }
+
+    /// What a container uses.
+    ///
+    /// # Errors
+    /// [`AgentError`], as for every call.
+    pub async fn stats(&self, container_id: &str) -> Result<messages::StatsContainerResponse, AgentError> {
+        let request =
+            messages::StatsContainerRequest { container_id: container_id.into(), ..Default::default() };
+        within(CALL_TIMEOUT_S, self.client.stats_container(Context::default(), &request)).await
+    }
+
+    /// Waits, as long as it takes, until the kernel has killed more than `kills` processes of a container for want of memory; how
+    /// many they are then.
+    ///
+    /// # Errors
+    /// [`AgentError`], as for every call.
+    pub async fn watch_oom(&self, container_id: &str, kills: u64) -> Result<u64, AgentError> {
+        let request =
+            messages::WatchOomRequest { container_id: container_id.into(), kills, ..Default::default() };
+        self.client.watch_oom(Context::default(), &request).await.map(|answer| answer.kills).map_err(error)
     }
 }
 
