@@ -1,0 +1,183 @@
+//! The mounts of a configuration: what libcontainer would do wrong is refused, and shares get the paths that they have in the
+//! guest.
+
+use std::path::{Path, PathBuf};
+
+use bulkhead_protocol::limits::{SHARE_PREFIX, is_valid_id};
+use libcontainer::rootfs::utils::is_bind;
+use oci_spec::runtime::Mount;
+
+use super::shares;
+use super::spec::clean;
+
+/// Why a mount is refused.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("{0} is bind mounted from {1}: only what the host shares can be, as {SHARE_PREFIX}NAME")]
+    Source(PathBuf, PathBuf),
+    #[error("{0} is id-mapped, which is not supported")]
+    IdMapped(PathBuf),
+    #[error("{0}: a bind mount with the option {1:?} is not supported")]
+    Option(PathBuf, String),
+    #[error("{0}: a bind mount of type {1:?} is not supported")]
+    Kind(PathBuf, String),
+    #[error("nothing can be bind mounted over {0}")]
+    Destination(PathBuf),
+}
+
+/// What libcontainer does to a bind mount, or need not do: without a bind mount whose peer is outside of the machine, private
+/// and slave are what every mount in it is already. It skips `shared`, which would promise that what a container mounts there is
+/// seen by the host, and options that it does not know.
+const BIND_OPTIONS: [&str; 43] = [
+    "bind",
+    "rbind",
+    "defaults",
+    "async",
+    "nomand",
+    "private",
+    "rprivate",
+    "slave",
+    "rslave",
+    "ro",
+    "rw",
+    "suid",
+    "nosuid",
+    "dev",
+    "nodev",
+    "exec",
+    "noexec",
+    "atime",
+    "noatime",
+    "diratime",
+    "nodiratime",
+    "relatime",
+    "norelatime",
+    "strictatime",
+    "nostrictatime",
+    "rro",
+    "rrw",
+    "rsuid",
+    "rnosuid",
+    "rdev",
+    "rnodev",
+    "rexec",
+    "rnoexec",
+    "ratime",
+    "rnoatime",
+    "rdiratime",
+    "rnodiratime",
+    "rrelatime",
+    "rnorelatime",
+    "rstrictatime",
+    "rnostrictatime",
+    "rsymfollow",
+    "rnosymfollow",
+];
+
+/// Checks a mount, and has one whose source is a share mount it. Returns the share's name.
+///
+/// # Errors
+/// [`Error`] names the mount.
+pub(super) fn prepare(mount: &mut Mount) -> Result<Option<String>, Error> {
+    let destination = mount.destination().clone();
+    let mapped = |mappings: &Option<Vec<_>>| mappings.as_ref().is_some_and(|mappings| !mappings.is_empty());
+    let options = || mount.options().iter().flatten().map(String::as_str);
+    // libcontainer skips these options.
+    if mapped(mount.uid_mappings())
+        || mapped(mount.gid_mappings())
+        || options().any(|option| option == "idmap" || option == "ridmap")
+    {
+        return Err(Error::IdMapped(destination));
+    }
+    if !is_bind(mount) {
+        return Ok(None);
+    }
+    if let Some(option) = options().find(|option| !BIND_OPTIONS.contains(option)) {
+        return Err(Error::Option(destination, option.to_owned()));
+    }
+    // libcontainer looks at some types before it looks at the options.
+    if let Some(kind) = mount.typ().as_deref().filter(|kind| !["", "none", "bind"].contains(kind)) {
+        return Err(Error::Kind(destination, kind.to_owned()));
+    }
+    // Into the latter, libcontainer makes devices.
+    if [Path::new("/"), Path::new("/dev")].contains(&clean(&destination).as_path()) {
+        return Err(Error::Destination(destination));
+    }
+    let source = mount.source().clone().unwrap_or_default();
+    let share = source.to_str().and_then(|source| source.strip_prefix(SHARE_PREFIX));
+    let Some(share) = share.filter(|share| is_valid_id(share)).map(str::to_owned) else {
+        return Err(Error::Source(destination, source));
+    };
+    mount.set_source(Some(shares::path(&share))).set_typ(Some("bind".into()));
+    Ok(Some(share))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn prepared(mount: &Value) -> Result<(Option<String>, Mount), Error> {
+        let mut mount = serde_json::from_value(mount.clone()).unwrap();
+        prepare(&mut mount).map(|share| (share, mount))
+    }
+
+    #[test]
+    fn shares_get_their_paths() {
+        for mount in [
+            json!({"destination": "/v", "source": "share:v.1", "type": "bind"}),
+            json!({"destination": "/v", "source": "share:v.1", "options": ["rbind", "rprivate", "ro"]}),
+            json!({"destination": "/v", "source": "share:v.1", "type": "none", "options": ["bind", "rro", "nosuid"]}),
+        ] {
+            let (share, mount) = prepared(&mount).unwrap();
+            assert_eq!(share.as_deref(), Some("v.1"));
+            assert_eq!(mount.source().as_deref(), Some(Path::new("/run/bulkhead/shares/v.1")));
+            assert_eq!(mount.typ().as_deref(), Some("bind"));
+        }
+    }
+
+    #[test]
+    fn other_mounts_are_left_alone() {
+        let mount =
+            json!({"destination": "/dev", "source": "share:x", "type": "tmpfs", "options": ["mode=755"]});
+        let (share, mount) = prepared(&mount).unwrap();
+        assert_eq!(share, None);
+        assert_eq!(mount.source().as_deref(), Some(Path::new("share:x")));
+    }
+
+    #[test]
+    fn what_is_no_share_or_would_not_be_done_is_refused() {
+        for source in ["/etc", "share:", "share:..", "share:a/b", "share:/", "Share:a", "share", ""] {
+            let error =
+                prepared(&json!({"destination": "/v", "source": source, "type": "bind"})).unwrap_err();
+            assert!(matches!(error, Error::Source(..)), "{source}: {error}");
+        }
+        for option in ["shared", "rshared", "unbindable", "remount", "size=1", "sync"] {
+            let mount = json!({"destination": "/v", "source": "share:a", "options": ["bind", option]});
+            assert!(matches!(prepared(&mount), Err(Error::Option(_, named)) if named == option));
+        }
+        for kind in ["cgroup", "proc", "tmpfs"] {
+            let mount = json!({"destination": "/v", "source": "share:a", "type": kind, "options": ["rbind"]});
+            assert!(matches!(prepared(&mount), Err(Error::Kind(_, named)) if named == kind));
+        }
+        for destination in ["/", "/dev", "/dev/", "dev", "/x/../dev/."] {
+            let mount = json!({"destination": destination, "source": "share:a", "type": "bind"});
+            assert!(matches!(prepared(&mount), Err(Error::Destination(_))), "{destination}");
+        }
+        let mount = json!({"destination": "/v", "source": "share:a", "type": "bind", "options": ["idmap"]});
+        assert!(matches!(prepared(&mount), Err(Error::IdMapped(_))));
+    }
+
+    proptest! {
+        #[test]
+        fn a_source_never_leads_out_of_the_shares(source in "(share:)?[a./:\\x00-]{0,12}") {
+            let mount = json!({"destination": "/v", "source": source, "type": "bind"});
+            if let Ok((Some(share), mount)) = prepared(&mount) {
+                prop_assert_eq!(mount.source().as_ref().unwrap(), &Path::new(shares::DIRECTORY).join(share));
+                prop_assert_eq!(mount.source().as_ref().unwrap().components().count(), 5);
+            }
+        }
+    }
+}
