@@ -74,14 +74,12 @@ impl Lifecycle {
 async fn freeze(id: &str, frozen: bool) -> Result<(), Error> {
     let cgroup = Cgroup::of(id);
     cgroup.freeze(frozen)?;
-    match timeout(FREEZE_PATIENCE, cgroup.frozen(frozen)).await {
-        Ok(result) => Ok(result?),
-        Err(_) => {
-            let what = if frozen { "stop" } else { "go on" };
-            let text = format!("the processes of container {id} did not {what} within {FREEZE_PATIENCE:?}");
-            Err(Failure::new(FailureKind::Timeout, text).into())
-        }
-    }
+    let done = timeout(FREEZE_PATIENCE, async { Ok(cgroup.frozen(frozen).await?) }).await;
+    done.unwrap_or_else(|_| {
+        let what = if frozen { "stop" } else { "go on" };
+        let text = format!("the processes of container {id} did not {what} within {FREEZE_PATIENCE:?}");
+        Err(Failure::new(FailureKind::Timeout, text).into())
+    })
 }
 
 /// Whether a file of a group could not be read because the group is no more.

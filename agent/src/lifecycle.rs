@@ -17,7 +17,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use crate::cgroup::{self, Cgroup, limits};
+use crate::cgroup::{self, Cgroup, settings};
 use crate::container::{START_DIRECTORY, namespaces};
 use crate::descriptor::{Descriptor, nonblocking};
 use crate::process::{Error as TableError, Process, State, Table};
@@ -46,7 +46,7 @@ pub(crate) enum Error {
     #[error("encode the call")]
     Encode(#[from] protobuf::Error),
     #[error(transparent)]
-    Limits(#[from] limits::Error),
+    Limits(#[from] settings::Error),
     #[error(transparent)]
     Namespaces(#[from] namespaces::Error),
     #[error("the processes of container {0} do not end")]

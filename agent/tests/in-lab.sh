@@ -81,6 +81,10 @@ export AGENT_PID
 sleep 1
 # One that could not have its ports is gone by now.
 kill -0 "$AGENT_PID"
+# What stands for the virtio-fs device. The tests put files and directories there; one is a root.
+mkdir "/proc/$AGENT_PID/root/run/bulkhead/shares"
+nsenter --target "$AGENT_PID" --mount mount -t tmpfs -o mode=755 shares /run/bulkhead/shares
+cp -a base "/proc/$AGENT_PID/root/run/bulkhead/shares/root"
 status=0
 ./guest --ignored --test-threads=1 "$@" || status=$?
 dmesg | grep bulkhead-agent | tail -40 || true

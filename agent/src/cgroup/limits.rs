@@ -5,55 +5,14 @@
 //! for one that is made, its errors name neither what was asked nor the device, and its arithmetic overflows for block I/O
 //! weights.
 
-use std::fs;
-use std::io;
 use std::path::Path;
 
-use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice};
-use rustix::io::Errno;
+use oci_spec::runtime::{
+    LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxPids, LinuxResources, LinuxThrottleDevice,
+};
 
-use super::{Cgroup, write_file};
-use crate::zygote::protocol::FailureKind;
-
-/// Why limits are refused.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum Error {
-    #[error("the resources are no valid JSON of the OCI runtime specification")]
-    Parse(#[from] serde_json::Error),
-    #[error("{0} is not supported")]
-    Unsupported(&'static str),
-    #[error("{0} cannot be {1}")]
-    Value(&'static str, i64),
-    #[error("memory.swap {0} is memory and swap together: it needs a memory.limit that is not greater")]
-    Swap(i64),
-    #[error("unified resource {0:?} names no file of the container's own cgroup")]
-    Unified(String),
-    #[error("hugepageLimits: {0:?} is no size of huge pages")]
-    PageSize(String),
-    #[error("{field} cannot be enforced: the guest's kernel has no {file}")]
-    NotEnforced { field: String, file: String },
-    #[error("{field}: the guest has no block device {device}; only the guest's own devices can be limited")]
-    Device { field: String, device: String },
-    #[error("the container uses {0} bytes of memory, more than the new limit of {1}")]
-    Usage(u64, u64),
-    #[error("{field}: write {value:?} to {file}")]
-    Write { field: String, file: String, value: String, source: io::Error },
-}
-
-impl Error {
-    /// What the failure means to the host.
-    pub(crate) fn kind(&self) -> FailureKind {
-        match self {
-            Self::Usage(..) => FailureKind::Precondition,
-            Self::Write { source, .. } => match Errno::from_io_error(source) {
-                Some(Errno::INVAL | Errno::RANGE | Errno::OPNOTSUPP | Errno::NODEV) => FailureKind::Invalid,
-                Some(Errno::BUSY) => FailureKind::Precondition,
-                _ => FailureKind::Internal,
-            },
-            _ => FailureKind::Invalid,
-        }
-    }
-}
+use super::Cgroup;
+use super::settings::{self, Error, Setting, Value};
 
 /// Limits that can be enforced, as far as is known without a group.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -61,22 +20,6 @@ pub(crate) struct Limits {
     settings: Vec<Setting>,
     /// The limit that the container must not exceed already.
     check_usage: Option<u64>,
-}
-
-/// One write.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Setting {
-    /// What the configuration calls it.
-    field: String,
-    file: String,
-    value: Value,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Value {
-    Text(String),
-    /// The period of `cpu.max`, whose quota comes first and stays as it is.
-    Period(u64),
 }
 
 impl Limits {
@@ -113,7 +56,7 @@ impl Limits {
         if let Some(memory) = resources.memory() {
             limits.memory(memory, swap)?;
         }
-        if let Some(limit) = resources.pids().as_ref().map(|pids| pids.limit()).filter(|&limit| limit != 0) {
+        if let Some(limit) = resources.pids().as_ref().map(LinuxPids::limit).filter(|&limit| limit != 0) {
             let value = if limit < 0 { "max".into() } else { limit.to_string() };
             limits.set("pids.limit", "pids.max", value);
         }
@@ -122,9 +65,7 @@ impl Limits {
         }
         for huge in resources.hugepage_limits().iter().flatten() {
             let size = huge.page_size();
-            let digits = size.trim_end_matches("B").trim_end_matches(['K', 'M', 'G']);
-            if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) || !size.ends_with('B')
-            {
+            if !is_page_size(size) {
                 return Err(Error::PageSize(size.clone()));
             }
             let value = unlimited("hugepageLimits", huge.limit())?;
@@ -203,12 +144,11 @@ impl Limits {
         let mentioned = |value: Option<i64>| value.filter(|&value| value != 0);
         let limit = mentioned(memory.limit());
         let swap = match (mentioned(memory.swap()), limit) {
-            (Some(-1), _) => Some("max".to_owned()),
+            // What may have all memory need not be kept from swapping.
+            (Some(-1), _) | (None, Some(-1)) => Some("max".to_owned()),
             // cgroup v2 limits swap alone.
             (Some(both), Some(limit)) if limit > 0 && both >= limit => Some((both - limit).to_string()),
             (Some(both), _) => return Err(Error::Swap(both)),
-            // What may have all memory need not be kept from swapping.
-            (None, Some(-1)) => Some("max".to_owned()),
             (None, _) => None,
         };
         if let Some(swap) = swap.filter(|_| swap_exists) {
@@ -242,15 +182,19 @@ impl Limits {
                 self.set("blockIO.weightDevice", "io.weight", value);
             }
         }
-        self.throttle("blockIO.throttleReadBpsDevice", "rbps", block.throttle_read_bps_device());
-        self.throttle("blockIO.throttleWriteBpsDevice", "wbps", block.throttle_write_bps_device());
-        self.throttle("blockIO.throttleReadIOPSDevice", "riops", block.throttle_read_iops_device());
-        self.throttle("blockIO.throttleWriteIOPSDevice", "wiops", block.throttle_write_iops_device());
+        self.throttle("blockIO.throttleReadBpsDevice", "rbps", block.throttle_read_bps_device().as_ref());
+        self.throttle("blockIO.throttleWriteBpsDevice", "wbps", block.throttle_write_bps_device().as_ref());
+        self.throttle("blockIO.throttleReadIOPSDevice", "riops", block.throttle_read_iops_device().as_ref());
+        self.throttle(
+            "blockIO.throttleWriteIOPSDevice",
+            "wiops",
+            block.throttle_write_iops_device().as_ref(),
+        );
         Ok(())
     }
 
-    fn throttle(&mut self, field: &str, key: &str, devices: &Option<Vec<LinuxThrottleDevice>>) {
-        for device in devices.iter().flatten() {
+    fn throttle(&mut self, field: &str, key: &str, devices: Option<&Vec<LinuxThrottleDevice>>) {
+        for device in devices.into_iter().flatten() {
             // A rate of nothing was no limit in cgroup v1, and is refused by the kernel's v2.
             let rate = if device.rate() == 0 { "max".into() } else { device.rate().to_string() };
             self.set(field, "io.max", format!("{}:{} {key}={rate}", device.major(), device.minor()));
@@ -263,59 +207,20 @@ impl Limits {
     /// [`Error`] with the first that the kernel refused; those before it hold. Nothing is changed when the kernel has no
     /// file for one of them.
     pub(crate) fn apply(&self, cgroup: &Cgroup) -> Result<(), Error> {
-        self.write(&cgroup.directory)
-    }
-
-    fn write(&self, directory: &Path) -> Result<(), Error> {
-        if let Some(setting) = self.settings.iter().find(|setting| !directory.join(&setting.file).exists()) {
-            let Setting { field, file, .. } = setting.clone();
-            return Err(Error::NotEnforced { field, file });
-        }
         if let Some(limit) = self.check_usage {
-            let usage = fs::read_to_string(directory.join("memory.current")).ok();
-            let usage = usage.and_then(|usage| usage.trim().parse().ok()).unwrap_or(0);
+            let usage = cgroup.number("memory.current").unwrap_or(0);
             if usage > limit {
                 return Err(Error::Usage(usage, limit));
             }
         }
-        // Two values may each forbid the other's change, such as a quota and a burst that must not be greater: what is
-        // refused as it is now is tried again after the rest.
-        let mut again = Vec::new();
-        for setting in &self.settings {
-            match setting.write(directory) {
-                Err(Error::Write { source, .. }) if Errno::from_io_error(&source) == Some(Errno::INVAL) => {
-                    again.push(setting);
-                }
-                other => other?,
-            }
-        }
-        again.into_iter().try_for_each(|setting| setting.write(directory))
+        settings::write(&self.settings, &cgroup.directory)
     }
 }
 
-impl Setting {
-    fn write(&self, directory: &Path) -> Result<(), Error> {
-        let path = directory.join(&self.file);
-        let failed = |value: String| {
-            |source| Error::Write { field: self.field.clone(), file: self.file.clone(), value, source }
-        };
-        let value = match &self.value {
-            Value::Text(text) => text.clone(),
-            Value::Period(period) => {
-                let now = fs::read_to_string(&path).map_err(failed(String::new()))?;
-                format!("{} {period}", now.split_ascii_whitespace().next().unwrap_or("max"))
-            }
-        };
-        write_file(&path, &value).map_err(failed(value.clone())).map_err(|error| match error {
-            Error::Write { field, source, .. }
-                if self.file.starts_with("io.") && Errno::from_io_error(&source) == Some(Errno::NODEV) =>
-            {
-                let device = value.split(' ').next().unwrap_or_default().to_owned();
-                Error::Device { field, device }
-            }
-            other => other,
-        })
-    }
+/// As in the names of files: `2MB`, `64KB`.
+fn is_page_size(size: &str) -> bool {
+    let digits = size.strip_suffix('B').and_then(|size| size.strip_suffix(['K', 'M', 'G']));
+    digits.is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 /// A value of which -1 is no limit.
@@ -352,10 +257,13 @@ fn io_weight(weight: u16) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use proptest::prelude::*;
     use serde_json::{Value as Json, json};
 
     use super::*;
+    use crate::zygote::protocol::FailureKind;
 
     fn limits(resources: &Json) -> Result<Limits, Error> {
         Limits::with(&serde_json::from_value(resources.clone()).unwrap(), true)
@@ -465,34 +373,15 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_written_when_a_file_is_missing() {
-        let directory = tempfile::tempdir().unwrap();
-        fs::write(directory.path().join("pids.max"), "").unwrap();
-        let limits = limits(&json!({"pids": {"limit": 5}, "blockIO": {"weight": 10}})).unwrap();
-        let error = limits.write(directory.path()).unwrap_err();
-        assert_eq!(error.kind(), FailureKind::Invalid);
-        assert!(error.to_string().starts_with("blockIO.weight cannot be enforced"), "{error}");
-        assert_eq!(fs::read_to_string(directory.path().join("pids.max")).unwrap(), "");
-    }
-
-    #[test]
-    fn a_period_alone_keeps_the_quota() {
-        let directory = tempfile::tempdir().unwrap();
-        let file = directory.path().join("cpu.max");
-        fs::write(&file, "70000 100000\n").unwrap();
-        limits(&json!({"cpu": {"period": 20000}})).unwrap().write(directory.path()).unwrap();
-        assert!(fs::read_to_string(&file).unwrap().starts_with("70000 20000"));
-    }
-
-    #[test]
     fn usage_is_looked_at_when_that_is_asked_for() {
         let directory = tempfile::tempdir().unwrap();
         fs::write(directory.path().join("memory.max"), "").unwrap();
         fs::write(directory.path().join("memory.current"), "5000\n").unwrap();
         let resources = |check| json!({"memory": {"limit": 4096, "checkBeforeUpdate": check}});
-        let error = limits(&resources(true)).unwrap().write(directory.path()).unwrap_err();
+        let cgroup = Cgroup { directory: directory.path().to_owned() };
+        let error = limits(&resources(true)).unwrap().apply(&cgroup).unwrap_err();
         assert_eq!(error.kind(), FailureKind::Precondition);
-        limits(&resources(false)).unwrap().write(directory.path()).unwrap();
+        limits(&resources(false)).unwrap().apply(&cgroup).unwrap();
     }
 
     proptest! {

@@ -1,11 +1,12 @@
 //! The cgroups of the guest: the agent in the root, every container below `/bulkhead`.
 //!
 //! The agent needs no cgroup of its own: what the parent of all containers may not have is left to it, memory and
-//! process ids alike, and the kernel's root group is never limited. [`limits`] is what a container may have, [`events`] what
-//! the kernel tells of it.
+//! process ids alike, and the kernel's root group is never limited. [`limits`] is what a container may have, as
+//! [`settings`] of files; [`events`] is what the kernel tells of it.
 
-pub(crate) mod events;
+mod events;
 pub(crate) mod limits;
+pub(crate) mod settings;
 
 use std::collections::HashMap;
 use std::fs::{self, File};

@@ -26,7 +26,7 @@ use oci_spec::runtime::User as SpecUser;
 use protobuf::Message as _;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
 
-use crate::cgroup::{self, Cgroup, limits};
+use crate::cgroup::{self, Cgroup, settings};
 use crate::chain;
 use crate::zygote::protocol::{Failure, FailureKind, Job};
 use launch::{Launch, Membership};
@@ -65,7 +65,7 @@ enum Error {
     #[error(transparent)]
     Cgroup(#[from] cgroup::Error),
     #[error(transparent)]
-    Limits(#[from] limits::Error),
+    Limits(#[from] settings::Error),
     #[error(transparent)]
     Launch(#[from] launch::Error),
     #[error("{0}")]
@@ -81,11 +81,6 @@ enum Error {
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let kind = match &error {
-            Error::Call(_)
-            | Error::Spec(_)
-            | Error::User(_)
-            | Error::WorkingDirectory(_)
-            | Error::Proc(_) => FailureKind::Invalid,
             Error::Limits(error) => error.kind(),
             Error::Share(share) | Error::Rootfs(rootfs::Error::Share(share)) => match share {
                 shares::Error::NoDevice | shares::Error::NoShare(_) => FailureKind::Precondition,
@@ -97,7 +92,12 @@ impl From<Error> for Failure {
                 crate::guest::Error::NoDevice(_) => FailureKind::Precondition,
                 _ => FailureKind::Internal,
             },
-            Error::Rootfs(
+            Error::Call(_)
+            | Error::Spec(_)
+            | Error::User(_)
+            | Error::WorkingDirectory(_)
+            | Error::Proc(_)
+            | Error::Rootfs(
                 rootfs::Error::Nothing
                 | rootfs::Error::Both
                 | rootfs::Error::NotDirectory(_)

@@ -12,7 +12,8 @@ use oci_spec::runtime::{
 
 use super::mounts;
 use super::namespaces::{self, Shared};
-use crate::cgroup::limits::{self, Limits};
+use crate::cgroup::limits::Limits;
+use crate::cgroup::settings;
 
 /// Why a configuration is refused.
 #[derive(Debug, thiserror::Error)]
@@ -30,7 +31,7 @@ pub(crate) enum Error {
     #[error(transparent)]
     Mount(#[from] mounts::Error),
     #[error(transparent)]
-    Limits(#[from] limits::Error),
+    Limits(#[from] settings::Error),
     #[error("{0} is no path of a device: it begins with /dev/ and has no . or ..")]
     Device(PathBuf),
     #[error("the working directory {0} is not absolute")]
