@@ -27,6 +27,7 @@ images() {
   chmod 755 base/bin/garbage base/bin/orphan
   echo base >base/layer
   echo old >base/gone
+  ln -s /proc base/to-proc
   echo top >top/layer
   mknod top/gone c 0 0
   cp -a base hostile

@@ -21,7 +21,6 @@ use std::time::Duration;
 
 use bulkhead_protocol::agent::{CreateContainerRequest, ExecProcessRequest, SharedNamespace};
 use libcontainer::oci_spec::runtime::{Process, Spec};
-use libcontainer::rootfs::utils::is_bind;
 use oci_spec::runtime::User as SpecUser;
 use protobuf::Message as _;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
@@ -72,8 +71,6 @@ enum Error {
     File(&'static str, #[source] io::Error),
     #[error("the working directory {0} does not exist in the container")]
     WorkingDirectory(PathBuf),
-    #[error("{0}")]
-    Proc(String),
     #[error("{0} namespaces are to be shared, {1} have come")]
     Namespaces(usize, usize),
 }
@@ -96,7 +93,6 @@ impl From<Error> for Failure {
             | Error::Spec(_)
             | Error::User(_)
             | Error::WorkingDirectory(_)
-            | Error::Proc(_)
             | Error::Rootfs(
                 rootfs::Error::Nothing
                 | rootfs::Error::Both
@@ -140,7 +136,7 @@ fn create_parts(call: &CreateContainerRequest, start: &str, mut job: Job) -> Res
         let mounted = Shares::mounted()?;
         shares.iter().try_for_each(|share| mounted.check(share))?;
     }
-    check_binds(&spec, &directory.join("rootfs"))?;
+    mounts::check(spec.mounts().as_deref().unwrap_or_default(), &root).map_err(spec::Error::from)?;
     if let Some(process) = spec.process_mut() {
         set_user(process, &root, &call.user)?;
         rootfs::create_working_directory(&root, process.cwd())?;
@@ -171,17 +167,6 @@ fn take_mappings(spec: &mut Spec, shared: &[SharedNamespace]) -> Result<(), Erro
         linux.set_uid_mappings(other.uid_mappings().clone()).set_gid_mappings(other.gid_mappings().clone());
     }
     Ok(())
-}
-
-/// Refuses to bind mount over what `/proc` says, as runc does; a link in the root may lead there, too.
-fn check_binds(spec: &Spec, root: &Path) -> Result<(), Error> {
-    let mounter = libcontainer::rootfs::Mount::new();
-    let mounts = spec.mounts().iter().flatten();
-    mounts.filter(|mount| is_bind(mount)).try_for_each(|mount| {
-        mounter
-            .check_proc_mount(root, mount)
-            .map_err(|error| Error::Proc(format!("{}: {}", mount.destination().display(), chain(&error))))
-    })
 }
 
 /// Prepares a process in a running container whose init is `init`.

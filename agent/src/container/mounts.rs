@@ -1,14 +1,21 @@
 //! The mounts of a configuration: what libcontainer would do wrong is refused, and shares get the paths that they have in the
 //! guest.
 
-use std::path::{Path, PathBuf};
+use std::ffi::OsString;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStringExt as _;
+use std::path::{Component, Path, PathBuf};
 
 use bulkhead_protocol::limits::{SHARE_PREFIX, is_valid_id};
 use libcontainer::rootfs::utils::is_bind;
 use oci_spec::runtime::Mount;
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat2, readlinkat};
 
 use super::shares;
 use super::spec::clean;
+
+/// Most links that are followed: as many as the kernel does (`MAXSYMLINKS`).
+const LINKS_MAX: u32 = 40;
 
 /// Why a mount is refused.
 #[derive(Debug, thiserror::Error)]
@@ -99,8 +106,8 @@ pub(super) fn prepare(mount: &mut Mount) -> Result<Option<String>, Error> {
     if let Some(kind) = mount.typ().as_deref().filter(|kind| !["", "none", "bind"].contains(kind)) {
         return Err(Error::Kind(destination, kind.to_owned()));
     }
-    // Into the latter, libcontainer makes devices.
-    if [Path::new("/"), Path::new("/dev")].contains(&clean(&destination).as_path()) {
+    let destination = clean(&destination);
+    if !may_cover(&destination) {
         return Err(Error::Destination(destination));
     }
     let source = mount.source().clone().unwrap_or_default();
@@ -108,12 +115,84 @@ pub(super) fn prepare(mount: &mut Mount) -> Result<Option<String>, Error> {
     let Some(share) = share.filter(|share| is_valid_id(share)).map(str::to_owned) else {
         return Err(Error::Source(destination, source));
     };
-    mount.set_source(Some(shares::path(&share))).set_typ(Some("bind".into()));
+    mount.set_source(Some(shares::path(&share))).set_typ(Some("bind".into())).set_destination(destination);
     Ok(Some(share))
+}
+
+/// Refuses bind mounts whose destination is a link in `root` to where nothing can be mounted. Links in what the mounts before
+/// them bring do not count: they are the container's own, as are the files that it could cover by them.
+///
+/// # Errors
+/// [`Error::Destination`] with where the first of them leads.
+pub(super) fn check(mounts: &[Mount], root: &OwnedFd) -> Result<(), Error> {
+    mounts.iter().filter(|mount| is_bind(mount)).try_for_each(|mount| {
+        let led = follow(root, mount.destination());
+        match led.filter(|led| may_cover(led)) {
+            Some(_) => Ok(()),
+            None => Err(Error::Destination(mount.destination().clone())),
+        }
+    })
+}
+
+/// Whether a share may be at a path without links: not in the place of the root, of `/dev`, into which libcontainer makes
+/// devices, or of what the kernel says in `/proc`, but for the files that LXCFS replaces, as runc has it.
+fn may_cover(path: &Path) -> bool {
+    const REPLACED: [&str; 8] =
+        ["cpuinfo", "diskstats", "loadavg", "meminfo", "slabinfo", "stat", "swaps", "uptime"];
+    match path.strip_prefix("/proc") {
+        Ok(file) => REPLACED.iter().any(|replaced| file == Path::new(replaced)),
+        Err(_) => path != Path::new("/") && path != Path::new("/dev"),
+    }
+}
+
+/// Where a path leads within `root`, when every link is followed; what does not exist is taken for a directory. None when there
+/// are too many links.
+fn follow(root: &OwnedFd, path: &Path) -> Option<PathBuf> {
+    let mut led = PathBuf::from("/");
+    let mut rest: Vec<OsString> = names(path);
+    let mut links = 0;
+    while let Some(name) = rest.pop() {
+        if name == ".." {
+            led.pop();
+            continue;
+        }
+        led.push(name);
+        let Some(target) = link_at(root, &led) else { continue };
+        links += 1;
+        if links > LINKS_MAX {
+            return None;
+        }
+        led.pop();
+        if target.is_absolute() {
+            led = PathBuf::from("/");
+        }
+        rest.extend(names(&target));
+    }
+    Some(led)
+}
+
+/// The names of a path, the last first.
+fn names(path: &Path) -> Vec<OsString> {
+    let parts = path.components().rev();
+    parts
+        .filter(|part| matches!(part, Component::Normal(_) | Component::ParentDir))
+        .map(|part| part.as_os_str().into())
+        .collect()
+}
+
+/// The target of a link in `root`.
+fn link_at(root: &OwnedFd, path: &Path) -> Option<PathBuf> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let entry = openat2(root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT).ok()?;
+    let target = readlinkat(entry, "", Vec::new()).ok()?;
+    Some(PathBuf::from(OsString::from_vec(target.into_bytes())))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::symlink;
+
     use proptest::prelude::*;
     use serde_json::{Value, json};
 
@@ -162,7 +241,9 @@ mod tests {
             let mount = json!({"destination": "/v", "source": "share:a", "type": kind, "options": ["rbind"]});
             assert!(matches!(prepared(&mount), Err(Error::Kind(_, named)) if named == kind));
         }
-        for destination in ["/", "/dev", "/dev/", "dev", "/x/../dev/."] {
+        for destination in
+            ["/", "/dev", "/dev/", "dev", "/x/../dev/.", "/proc", "/proc/sys", "/sys/../proc/sys"]
+        {
             let mount = json!({"destination": destination, "source": "share:a", "type": "bind"});
             assert!(matches!(prepared(&mount), Err(Error::Destination(_))), "{destination}");
         }
@@ -170,7 +251,50 @@ mod tests {
         assert!(matches!(prepared(&mount), Err(Error::IdMapped(_))));
     }
 
+    #[test]
+    fn links_of_the_root_do_not_lead_where_nothing_can_be_mounted() {
+        let directory = tempfile::tempdir().unwrap();
+        for (name, target) in [
+            ("to-proc", "/proc"),
+            ("up", "../../.."),
+            ("chain", "sub/../to-proc/self"),
+            ("loop", "loop"),
+            ("good", "/var//./www"),
+            ("out", "../../../etc/../proc/cpuinfo"),
+        ] {
+            symlink(target, directory.path().join(name)).unwrap();
+        }
+        let root = OwnedFd::from(File::open(directory.path()).unwrap());
+        let led = |path: &str| follow(&root, Path::new(path));
+        assert_eq!(led("/good/x"), Some("/var/www/x".into()));
+        assert_eq!(led("/chain/fd"), Some("/proc/self/fd".into()));
+        assert_eq!(led("/loop"), None);
+        let checked = |destination: &str| {
+            let mount = json!({"destination": destination, "source": "share:a", "type": "bind"});
+            check(&[serde_json::from_value(mount).unwrap()], &root).is_ok()
+        };
+        for good in ["/good", "/good/x", "/none/proc", "/up/var", "/out", "/proc/cpuinfo", "/dev/shm"] {
+            assert!(checked(good), "{good}");
+        }
+        for bad in
+            ["/to-proc", "/to-proc/sys", "/up", "/up/dev", "/up/proc/sys", "/chain/attr", "/loop", "/loop/x"]
+        {
+            assert!(!checked(bad), "{bad}");
+        }
+    }
+
     proptest! {
+        #[test]
+        fn whatever_is_followed_ends_within_the_root(target in "[a/.]{0,12}", path in "[al/.]{0,12}") {
+            let directory = tempfile::tempdir().unwrap();
+            let _ = symlink(target, directory.path().join("l"));
+            let root = OwnedFd::from(File::open(directory.path()).unwrap());
+            if let Some(led) = follow(&root, Path::new(&path)) {
+                prop_assert!(led.is_absolute());
+                prop_assert!(!led.components().any(|part| part == Component::ParentDir));
+            }
+        }
+
         #[test]
         fn a_source_never_leads_out_of_the_shares(source in "(share:)?[a./:\\x00-]{0,12}") {
             let mount = json!({"destination": "/v", "source": source, "type": "bind"});
