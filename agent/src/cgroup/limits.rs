@@ -69,7 +69,11 @@ impl Limits {
                 return Err(Error::PageSize(size.clone()));
             }
             let value = unlimited("hugepageLimits", huge.limit())?;
-            limits.set("hugepageLimits", &format!("hugetlb.{size}.max"), value);
+            // Kubernetes limits pages of every size that the host has. Reservations are limited as what is used is, as runc does.
+            for file in [format!("hugetlb.{size}.max"), format!("hugetlb.{size}.rsvd.max")] {
+                let value = Value::Text(value.clone());
+                limits.settings.push(Setting { field: "hugepageLimits".into(), file, value, needed: false });
+            }
         }
         let mut unified: Vec<_> = resources.unified().iter().flatten().collect();
         unified.sort();
@@ -85,7 +89,8 @@ impl Limits {
     }
 
     fn set(&mut self, field: &str, file: &str, value: String) {
-        self.settings.push(Setting { field: field.into(), file: file.into(), value: Value::Text(value) });
+        let value = Value::Text(value);
+        self.settings.push(Setting { field: field.into(), file: file.into(), value, needed: true });
     }
 
     fn cpu(&mut self, cpu: &LinuxCpu) -> Result<(), Error> {
@@ -112,6 +117,7 @@ impl Limits {
                 field: "cpu.period".into(),
                 file: "cpu.max".into(),
                 value: Value::Period(period),
+                needed: true,
             }),
             (None, None) => {}
         }
@@ -322,7 +328,7 @@ mod tests {
             ),
             (
                 json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 4096}]}),
-                vec![("hugetlb.2MB.max", "4096")],
+                vec![("hugetlb.2MB.max", "4096"), ("hugetlb.2MB.rsvd.max", "4096")],
             ),
             (
                 json!({"unified": {"memory.high": "1", "cpu.weight": "3"}}),

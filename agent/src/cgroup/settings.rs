@@ -56,6 +56,8 @@ pub(super) struct Setting {
     pub(super) field: String,
     pub(super) file: String,
     pub(super) value: Value,
+    /// False for a limit that a kernel without this file keeps all the same: on pages of a size that it does not have.
+    pub(super) needed: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,14 +72,16 @@ pub(super) enum Value {
 /// # Errors
 /// [`Error`] with the first that could not be written; those before it hold.
 pub(super) fn write(settings: &[Setting], directory: &Path) -> Result<(), Error> {
-    if let Some(setting) = settings.iter().find(|setting| !directory.join(&setting.file).exists()) {
+    let (there, missing): (Vec<_>, Vec<_>) =
+        settings.iter().partition(|setting| directory.join(&setting.file).exists());
+    if let Some(setting) = missing.into_iter().find(|setting| setting.needed) {
         let Setting { field, file, .. } = setting.clone();
         return Err(Error::NotEnforced { field, file });
     }
     // Two values may each forbid the other's change, such as a quota and a burst that must not be greater: what is
     // refused as it is now is tried again after the rest.
     let mut again = Vec::new();
-    for setting in settings {
+    for setting in there {
         match setting.write(directory) {
             Err(Error::Write { source, .. }) if Errno::from_io_error(&source) == Some(Errno::INVAL) => {
                 again.push(setting);
@@ -118,7 +122,7 @@ mod tests {
     use super::*;
 
     fn setting(field: &str, file: &str, value: Value) -> Setting {
-        Setting { field: field.into(), file: file.into(), value }
+        Setting { field: field.into(), file: file.into(), value, needed: true }
     }
 
     #[test]
@@ -133,6 +137,19 @@ mod tests {
         assert_eq!(error.kind(), FailureKind::Invalid);
         assert!(error.to_string().starts_with("blockIO.weight cannot be enforced"), "{error}");
         assert_eq!(fs::read_to_string(directory.path().join("pids.max")).unwrap(), "");
+    }
+
+    #[test]
+    fn what_is_kept_without_a_file_needs_none() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("hugetlb.2MB.max"), "").unwrap();
+        let huge = |file: &str| Setting {
+            needed: false,
+            ..setting("hugepageLimits", file, Value::Text("0".into()))
+        };
+        write(&[huge("hugetlb.1GB.max"), huge("hugetlb.2MB.max")], directory.path()).unwrap();
+        assert_eq!(fs::read_to_string(directory.path().join("hugetlb.2MB.max")).unwrap(), "0");
+        assert!(!directory.path().join("hugetlb.1GB.max").exists());
     }
 
     #[test]

@@ -30,6 +30,10 @@ pub(crate) enum Error {
     Kind(PathBuf, String),
     #[error("nothing can be bind mounted over {0}")]
     Destination(PathBuf),
+    #[error("nothing can be bind mounted over {1}, where the link {0} of the root leads")]
+    Led(PathBuf, PathBuf),
+    #[error("{0} has too many links to bind mount anything there")]
+    Links(PathBuf),
 }
 
 /// What libcontainer does to a bind mount, or need not do: without a bind mount whose peer is outside of the machine, private
@@ -123,13 +127,14 @@ pub(super) fn prepare(mount: &mut Mount) -> Result<Option<String>, Error> {
 /// them bring do not count: they are the container's own, as are the files that it could cover by them.
 ///
 /// # Errors
-/// [`Error::Destination`] with where the first of them leads.
+/// [`Error::Led`] with where the first of them leads, or [`Error::Links`].
 pub(super) fn check(mounts: &[Mount], root: &OwnedFd) -> Result<(), Error> {
     mounts.iter().filter(|mount| is_bind(mount)).try_for_each(|mount| {
-        let led = follow(root, mount.destination());
-        match led.filter(|led| may_cover(led)) {
-            Some(_) => Ok(()),
-            None => Err(Error::Destination(mount.destination().clone())),
+        let destination = mount.destination();
+        match follow(root, destination) {
+            Some(led) if may_cover(&led) => Ok(()),
+            Some(led) => Err(Error::Led(destination.clone(), led)),
+            None => Err(Error::Links(destination.clone())),
         }
     })
 }

@@ -34,6 +34,7 @@ fn limits_change_while_a_container_runs() {
                 "cpu": {"period": 20000, "shares": 2048, "cpus": "0", "mems": "0"},
                 "blockIO": {"throttleWriteIOPSDevice": [{"major": 7, "minor": 0, "rate": 100}]},
                 "unified": {"memory.high": "120000512"},
+                "hugepageLimits": [{"pageSize": "2MB", "limit": 0}, {"pageSize": "3MB", "limit": 0}],
                 "devices": [{"allow": false, "access": "rwm"}]
             }))
             .await
@@ -43,6 +44,7 @@ fn limits_change_while_a_container_runs() {
             ("memory.swap.max", "16777216"),
             ("memory.low", "33554432"),
             ("memory.high", "120000512"),
+            ("hugetlb.2MB.max", "0"),
             ("cpu.max", "50000 20000"),
             ("cpuset.cpus", "0"),
             ("cpuset.mems", "0"),
@@ -116,8 +118,7 @@ fn limits_that_nobody_can_keep_are_refused_by_name() {
             (json!({"memory": {"swappiness": 1}}), "swappiness"),
             (json!({"cpu": {"cpus": "zero"}}), "cpu.cpus"),
             (json!({"unified": {"cgroup.freeze": "1"}}), "cgroup.freeze"),
-            (json!({"unified": {"memory.nonesuch": "1"}}), "memory.nonesuch"),
-            (json!({"hugepageLimits": [{"pageSize": "3MB", "limit": 1}]}), "hugetlb.3MB.max"),
+            (json!({"unified": {"memory.nonesuch": "1"}, "pids": {"limit": 5}}), "memory.nonesuch"),
             (json!("none"), "JSON"),
         ] {
             let error = container.update(&resources).await.expect_err(word);
@@ -126,7 +127,7 @@ fn limits_that_nobody_can_keep_are_refused_by_name() {
         }
         let check = json!({"memory": {"limit": 4096, "checkBeforeUpdate": true}});
         assert_eq!(code(container.update(&check).await), Code::FAILED_PRECONDITION);
-        assert_eq!(file("norule", "memory.max"), "max");
+        assert_eq!((file("norule", "memory.max"), file("norule", "pids.max")), ("max".into(), "max".into()));
         container.remove(true).await.unwrap();
         assert_eq!(code(container.update(&json!({})).await), Code::NOT_FOUND);
 
