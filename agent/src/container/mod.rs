@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use bulkhead_protocol::agent::{CreateContainerRequest, ExecProcessRequest, SharedNamespace};
 use libcontainer::oci_spec::runtime::{Process, Spec};
-use oci_spec::runtime::User as SpecUser;
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, User as SpecUser};
 use protobuf::Message as _;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
 
@@ -159,12 +159,19 @@ fn shared_namespaces(call: &CreateContainerRequest, opened: Vec<OwnedFd>) -> Res
     Ok(kinds.into_iter().zip(opened).collect())
 }
 
-/// A user namespace that is another container's has the ids that it was made with.
+/// A user namespace that is another container's has the ids that it was made with. One that the other has not is the guest's,
+/// where this container is anyway.
 fn take_mappings(spec: &mut Spec, shared: &[SharedNamespace]) -> Result<(), Error> {
     let Some(user) = shared.iter().find(|namespace| namespace.type_ == "user") else { return Ok(()) };
     let other = load(&Path::new(DIRECTORY).join(&user.container_id))?;
     if let (Some(linux), Some(other)) = (spec.linux_mut(), other.linux()) {
         linux.set_uid_mappings(other.uid_mappings().clone()).set_gid_mappings(other.gid_mappings().clone());
+        let is_user = |namespace: &LinuxNamespace| namespace.typ() == LinuxNamespaceType::User;
+        if !other.namespaces().iter().flatten().any(is_user) {
+            let namespaces = linux.namespaces().iter().flatten();
+            let rest = namespaces.filter(|namespace| !is_user(namespace)).cloned().collect();
+            linux.set_namespaces(Some(rest));
+        }
     }
     Ok(())
 }

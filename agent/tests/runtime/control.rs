@@ -145,7 +145,7 @@ fn limits_that_nobody_can_keep_are_refused_by_name() {
 #[ignore = "needs an agent: agent/tests/guest.sh"]
 fn a_paused_container_stands_still_until_it_goes_on() {
     run(async {
-        let script = "while :; do echo >>/tmp/ticks; done";
+        let script = "while :; do :; done";
         let container = Container::create("pause", &shell(script), Stdio::default()).await.unwrap();
         assert_eq!(code(container.pause().await), Code::FAILED_PRECONDITION);
         container.start().await.unwrap();

@@ -96,7 +96,27 @@ fn a_shared_user_namespace_has_the_ids_of_its_owner() {
         let member = Container::create_sharing("userof", &spec, output(), &shared).await.unwrap();
         let finished = member.finish().await;
         assert_eq!(finished.stdout.trim_start(), "0 100000 65536\n0\nok\n", "{}", finished.stderr);
+        // A member's namespace can be shared on, and an exec joins it.
+        let mut spec = shell("sleep 100");
+        support::without_mounts(&mut spec, "/sys");
+        let member = Container::create_sharing("userof2", &spec, Stdio::default(), &shared).await.unwrap();
+        member.start().await.unwrap();
+        member.exec("x", &["sh", "-c", script], output(), "").await.unwrap();
+        assert_eq!(member.finish_exec("x").await.stdout.trim_start(), "0 100000 65536\n0\nok\n");
+        let mut spec = shell(script);
+        support::without_mounts(&mut spec, "/sys");
+        let third =
+            Container::create_sharing("userof3", &spec, output(), &[("user", "userof2")]).await.unwrap();
+        assert_eq!(third.finish().await.stdout.trim_start(), "0 100000 65536\n0\nok\n");
+        member.remove(true).await.unwrap();
         owner.remove(true).await.unwrap();
+
+        // Who has none of its own has nothing to give.
+        let owner = Container::create("nousers", &shell("sleep 100"), Stdio::default()).await.unwrap();
+        let shared = [("user", "nousers")];
+        let member = Container::create_sharing("userof4", &shell("id -u"), output(), &shared).await.unwrap();
+        assert_eq!(member.finish().await.stdout, "0\n");
+        owner.remove(false).await.unwrap();
     });
 }
 

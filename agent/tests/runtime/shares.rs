@@ -28,6 +28,20 @@ fn bind(spec: &mut Value, name: &str, destination: &str, options: &[&str]) {
     spec["mounts"].as_array_mut().unwrap().push(mount);
 }
 
+/// Run by itself, before there is anything in the device's place.
+#[test]
+#[ignore = "needs an agent: agent/tests/guest.sh"]
+fn nothing_is_shared_without_a_device() {
+    run(async {
+        let mut spec = shell("true");
+        let error = Container::create_on("nodevice", &spec, output(), share("root")).await.err().unwrap();
+        assert!(error.to_string().contains("no file system device"), "{error}");
+        assert_eq!(code(Err::<(), _>(error)), Code::FAILED_PRECONDITION);
+        bind(&mut spec, "volume", "/v", &["bind"]);
+        assert_eq!(code(Container::create("nodevice", &spec, output()).await), Code::FAILED_PRECONDITION);
+    });
+}
+
 #[test]
 #[ignore = "needs an agent: agent/tests/guest.sh"]
 fn a_share_is_a_root() {
