@@ -10,12 +10,12 @@ use std::os::fd::{AsRawFd as _, IntoRawFd as _};
 use bulkhead_protocol::limits::{CONTAINERS_MAX, EXECS_MAX};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::system::sysinfo;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::container::{DIRECTORY, START_DIRECTORY};
+use crate::network::loopback_up;
 use crate::{cgroup, rcu};
 
 /// Three pipes and three connections a process, and room for the agent's own.
@@ -135,23 +135,4 @@ pub(crate) fn prepare() -> Result<(), Error> {
 pub(crate) fn raise_limits() -> Result<(), Error> {
     setrlimit(Resource::Nofile, Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) })
         .map_err(|error| Error::Limits(error.into()))
-}
-
-/// `libc` has it as an `int`, the flags of an interface are a `short`.
-const IFF_UP: libc::c_short = 1;
-
-/// Sets `IFF_UP` on `lo`; the kernel then gives it 127.0.0.1 and ::1 by itself.
-fn loopback_up() -> io::Result<()> {
-    let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
-    // SAFETY: all-zero bytes are a valid ifreq, a struct of integers and a union of such.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
-        *to = from.cast_signed();
-    }
-    request.ifr_ifru.ifru_flags = IFF_UP;
-    // SAFETY: SIOCSIFFLAGS reads one ifreq, which `request` is.
-    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
 }

@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use rustix::system::{RebootCommand, reboot, sethostname, sysinfo, uname};
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 
+use crate::container::shares;
 use crate::{rcu, status};
 
 /// The clock is left alone when it is off by no more than this.
@@ -159,7 +160,7 @@ pub(crate) fn bind_slot(slot: u32) -> Result<Option<String>, Error> {
 /// Has the kernel let go of a slot before the VMM empties it. A slot that is not bound is fine.
 ///
 /// # Errors
-/// [`Error::SlotInUse`] when a file system of its block device is mounted.
+/// [`Error::SlotInUse`] when a file system of its block device is mounted, or the shares of its fs device are.
 pub(crate) fn unbind_slot(slot: u32) -> Result<(), Error> {
     if !platform_device(slot)?.join("driver").exists() {
         return Ok(());
@@ -170,6 +171,11 @@ pub(crate) fn unbind_slot(slot: u32) -> Result<(), Error> {
         if let Err(Errno::BUSY) = open(Path::new("/dev").join(name), flags, Mode::empty()) {
             return Err(Error::SlotInUse(slot));
         }
+    }
+    // What was once mounted stays in use: containers have parts of it.
+    let driver = virtio_device(slot)?.and_then(|device| fs::read_link(device.join("driver")).ok());
+    if driver.is_some_and(|driver| driver.ends_with("virtiofs")) && shares::is_mounted().unwrap_or(false) {
+        return Err(Error::SlotInUse(slot));
     }
     control(slot, "unbind")
 }

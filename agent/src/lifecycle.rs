@@ -3,24 +3,25 @@
 //! Nothing here holds a lock while it waits, so a creation that hangs keeps no other call from being answered.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use bulkhead_protocol::agent::{CreateContainerRequest, ExecProcessRequest, Stdio};
+use bulkhead_protocol::agent::{CreateContainerRequest, ExecProcessRequest, SharedNamespace, Stdio};
 use bulkhead_protocol::limits::CREATE_TIMEOUT_S;
 use protobuf::Message as _;
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use crate::cgroup::{self, Cgroup};
-use crate::container::START_DIRECTORY;
+use crate::cgroup::{self, Cgroup, settings};
+use crate::container::{START_DIRECTORY, namespaces};
 use crate::descriptor::{Descriptor, nonblocking};
 use crate::process::{Error as TableError, Process, State, Table};
-use crate::streams::{ProcessEnds, Streams};
+use crate::streams::Streams;
 use crate::zygote::protocol::{Failure, FailureKind, Job, Reply, Request};
 use crate::zygote::{self, Zygote};
 
@@ -44,6 +45,10 @@ pub(crate) enum Error {
     Cgroup(#[from] cgroup::Error),
     #[error("encode the call")]
     Encode(#[from] protobuf::Error),
+    #[error(transparent)]
+    Limits(#[from] settings::Error),
+    #[error(transparent)]
+    Namespaces(#[from] namespaces::Error),
     #[error("the processes of container {0} do not end")]
     Unkillable(String),
 }
@@ -89,13 +94,15 @@ impl Lifecycle {
     /// Creates a container and returns the process id of its init.
     pub(crate) async fn create(self: Arc<Self>, call: CreateContainerRequest) -> Result<i32, Error> {
         let id = call.container_id.clone();
+        let shared = self.open_shared(&call.shared_namespaces)?;
         let (streams, ends) =
             Streams::new(&call.stdio).map_err(|error| Error::Io("make the streams", error))?;
         let process = Process::new(streams);
+        let job = Job { stdio: ends, namespaces: shared, ..Job::default() };
         let stop = self.table.reserve(&id, Arc::clone(&process))?;
         let request =
             |start: &str| Ok(Request::Create { call: call.write_to_bytes()?, start: start.to_owned() });
-        let result = self.prepare(&id, "", &process, ends, &call.stdio, stop.clone(), request).await;
+        let result = self.prepare(&id, "", &process, job, &call.stdio, stop.clone(), request).await;
         if result.is_err() {
             // The worker has cleaned up after itself, unless it was killed.
             if let Err(error) = self.discard(&id).await {
@@ -105,6 +112,26 @@ impl Lifecycle {
         }
         drop(stop);
         result
+    }
+
+    /// Opens namespaces of containers, whose processes cannot be reaped meanwhile: that is done by this thread.
+    fn open_shared(&self, shared: &[SharedNamespace]) -> Result<Vec<OwnedFd>, Error> {
+        let kinds = namespaces::kinds(shared)?;
+        let open = |(shared, kind): (&SharedNamespace, _)| {
+            let id = &shared.container_id;
+            let init = self.table.process(id, "").map_err(making_a_process)?;
+            let precondition = |text| Error::Failed(Failure::new(FailureKind::Precondition, text));
+            let Some(pid) = init.pid() else {
+                return Err(TableError::State(id.clone(), State::Creating).into());
+            };
+            if init.ended().is_some() {
+                return Err(TableError::State(id.clone(), State::Stopped).into());
+            }
+            namespaces::open(kind, pid).map_err(|error| {
+                precondition(format!("share the {kind} namespace of container {id}: {error}"))
+            })
+        };
+        shared.iter().zip(kinds).map(open).collect()
     }
 
     /// Starts a container's process; returns when its program has been executed.
@@ -128,7 +155,8 @@ impl Lifecycle {
         let never = watch::channel(false).1;
         let request =
             |start: &str| Ok(Request::Exec { call: call.write_to_bytes()?, start: start.to_owned(), init });
-        let result = match self.prepare(&id, &exec, &process, ends, &call.stdio, never, request).await {
+        let job = Job { stdio: ends, ..Job::default() };
+        let result = match self.prepare(&id, &exec, &process, job, &call.stdio, never, request).await {
             Ok(pid) => start(&process).await.map(|()| pid),
             Err(error) => Err(error),
         };
@@ -188,7 +216,7 @@ impl Lifecycle {
         id: &str,
         exec: &str,
         process: &Arc<Process>,
-        ends: ProcessEnds,
+        mut job: Job,
         stdio: &Stdio,
         mut stop: watch::Receiver<bool>,
         request: impl FnOnce(&str) -> Result<Request, Error>,
@@ -198,7 +226,7 @@ impl Lifecycle {
         let (outcome, outcome_end) =
             pipe_with(PipeFlags::CLOEXEC).map_err(|error| Error::Io("make a pipe", error.into()))?;
         let outcome = nonblocking(outcome).map_err(|error| Error::Io("watch a pipe", error))?;
-        let job = Job { outcome: Some(outcome_end), stdio: ends };
+        job.outcome = Some(outcome_end);
         let stopped = async move {
             // The sender is in the table for as long as this container is; if it were not, nobody could stop this.
             if stop.wait_for(|&stop| stop).await.is_err() {

@@ -8,10 +8,12 @@
 mod boot;
 mod cgroup;
 mod container;
+mod control;
 mod descriptor;
 mod guest;
 mod lifecycle;
 mod log;
+mod network;
 mod process;
 mod rcu;
 mod service;

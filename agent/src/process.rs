@@ -34,6 +34,8 @@ pub(crate) enum Error {
     Full(&'static str),
     #[error("container {0} is {1}")]
     State(String, State),
+    #[error("container {0} is paused")]
+    Paused(String),
     #[error("process {1:?} of container {0} has ended")]
     Ended(String, String),
 }
@@ -134,8 +136,12 @@ impl Process {
 
 struct Container {
     state: State,
+    /// Whether a running container's processes are kept from going on.
+    paused: bool,
     /// Ends the creation when it becomes true.
     stop: watch::Sender<bool>,
+    /// Closed with the container.
+    existence: watch::Sender<()>,
     init: Arc<Process>,
     execs: HashMap<String, Arc<Process>>,
 }
@@ -180,7 +186,14 @@ impl Table {
             return Err(Error::Full("containers"));
         }
         let (stop, stopped) = watch::channel(false);
-        let container = Container { state: State::Creating, stop, init, execs: HashMap::new() };
+        let container = Container {
+            state: State::Creating,
+            paused: false,
+            stop,
+            existence: watch::Sender::new(()),
+            init,
+            execs: HashMap::new(),
+        };
         entries.containers.insert(id.to_owned(), container);
         Ok(stopped)
     }
@@ -188,7 +201,7 @@ impl Table {
     /// Takes a place for a process that is about to join a running container. One that has ended makes way.
     ///
     /// # Errors
-    /// [`Error::State`] when the container is not running, [`Error::ProcessExists`] or [`Error::Full`].
+    /// [`Error::State`] when the container is not running, [`Error::Paused`], [`Error::ProcessExists`] or [`Error::Full`].
     pub(crate) fn reserve_exec(&self, id: &str, exec: &str, process: Arc<Process>) -> Result<i32, Error> {
         let mut entries = self.lock();
         let living = |container: &Container| container.execs.values().filter(|p| p.ended().is_none()).count();
@@ -197,6 +210,9 @@ impl Table {
         let (State::Running, Some(init)) = (container.state, container.init.pid()) else {
             return Err(Error::State(id.to_owned(), container.state));
         };
+        if container.paused {
+            return Err(Error::Paused(id.to_owned()));
+        }
         if container.execs.get(exec).is_some_and(|process| process.ended().is_none()) {
             return Err(Error::ProcessExists(id.to_owned(), exec.to_owned()));
         }
@@ -273,6 +289,39 @@ impl Table {
         Ok(std::mem::replace(&mut container.state, to))
     }
 
+    /// Makes sure that a container is in one of `states`.
+    ///
+    /// # Errors
+    /// [`Error::State`] when it is not.
+    pub(crate) fn require(&self, id: &str, states: &[State]) -> Result<(), Error> {
+        let state = self.state(id)?;
+        if states.contains(&state) { Ok(()) } else { Err(Error::State(id.to_owned(), state)) }
+    }
+
+    /// Notes that a running container is being paused, or goes on.
+    ///
+    /// # Errors
+    /// [`Error::State`] when it is not running.
+    pub(crate) fn set_paused(&self, id: &str, paused: bool) -> Result<(), Error> {
+        self.require(id, &[State::Running])?;
+        if let Some(container) = self.lock().containers.get_mut(id) {
+            container.paused = paused;
+        }
+        Ok(())
+    }
+
+    /// Completes when a container has been removed.
+    ///
+    /// # Errors
+    /// [`Error::NoContainer`] when there is none now.
+    pub(crate) fn removal(&self, id: &str) -> Result<impl Future<Output = ()> + use<>, Error> {
+        let entries = self.lock();
+        let container = entries.containers.get(id).ok_or_else(|| Error::NoContainer(id.to_owned()))?;
+        let mut existence = container.existence.subscribe();
+        // Nothing is ever sent: this ends with the sender.
+        Ok(async move { while existence.changed().await.is_ok() {} })
+    }
+
     /// What stops the creation of a container: it becomes true, and is closed when the creation has come to its end.
     ///
     /// # Errors
@@ -298,6 +347,7 @@ impl Table {
                 && container.state != State::Removing
             {
                 container.state = State::Stopped;
+                container.paused = false;
             }
         }
         let at_ns = guest::nanoseconds(ClockId::Realtime);
@@ -405,6 +455,32 @@ mod tests {
             let refused = Err(Error::State("c".into(), State::Creating));
             assert_eq!(table.reserve_exec("c", "x", process()), refused);
             assert!(matches!(table.advance("c", &[State::Created], State::Starting), Err(Error::State(..))));
+        });
+    }
+
+    #[test]
+    fn a_paused_container_takes_no_execs_until_it_goes_on() {
+        run(async {
+            let table = Table::default();
+            running(&table, "c", 1_000_001);
+            table.set_paused("c", true).unwrap();
+            assert_eq!(table.reserve_exec("c", "x", process()), Err(Error::Paused("c".into())));
+            table.set_paused("c", false).unwrap();
+            assert_eq!(table.reserve_exec("c", "x", process()), Ok(1_000_001));
+            table.ended(1_000_001, 0);
+            assert_eq!(table.set_paused("c", true), Err(Error::State("c".into(), State::Stopped)));
+        });
+    }
+
+    #[test]
+    fn who_waits_for_a_removal_learns_of_it() {
+        run(async {
+            let table = Table::default();
+            assert!(table.removal("c").is_err());
+            running(&table, "c", 1_000_001);
+            let (first, second) = (table.removal("c").unwrap(), table.removal("c").unwrap());
+            table.ended(1_000_001, 0);
+            tokio::join!(first, second, async { table.forget("c", "") });
         });
     }
 

@@ -7,10 +7,11 @@ use async_trait::async_trait;
 use bulkhead_protocol::agent::{
     AddEntropyRequest, BindSlotRequest, BindSlotResponse, CloseStdinRequest, CreateContainerRequest,
     CreateContainerResponse, Empty, ExecProcessRequest, ExecProcessResponse, GetGuestDetailsRequest,
-    GuestDetails, OnlineCpusRequest, OnlineCpusResponse, RemoveContainerRequest, ResizeTerminalRequest,
-    SetClockRequest, SetClockResponse, SetHostnameRequest, ShutdownRequest, SignalProcessRequest,
-    StartContainerRequest, StatsContainerRequest, StatsContainerResponse, Stdio, UnbindSlotRequest,
-    WaitProcessRequest, WaitProcessResponse,
+    GuestDetails, OnlineCpusRequest, OnlineCpusResponse, PauseContainerRequest, RemoveContainerRequest,
+    ResizeTerminalRequest, ResumeContainerRequest, SetClockRequest, SetClockResponse, SetHostnameRequest,
+    ShutdownRequest, SignalProcessRequest, StartContainerRequest, StatsContainerRequest,
+    StatsContainerResponse, Stdio, UnbindSlotRequest, UpdateContainerRequest, WaitProcessRequest,
+    WaitProcessResponse, WatchOomRequest, WatchOomResponse,
 };
 use bulkhead_protocol::agent_ttrpc::Agent;
 use bulkhead_protocol::limits::{
@@ -75,7 +76,7 @@ impl From<process::Error> for ttrpc::Error {
             E::NoContainer(_) | E::NoProcess(..) | E::Ended(..) => Code::NOT_FOUND,
             E::ContainerExists(_) | E::ProcessExists(..) => Code::ALREADY_EXISTS,
             E::Full(_) => Code::RESOURCE_EXHAUSTED,
-            E::State(..) => Code::FAILED_PRECONDITION,
+            E::State(..) | E::Paused(_) => Code::FAILED_PRECONDITION,
         };
         status(code, chain(&error))
     }
@@ -100,6 +101,8 @@ impl From<lifecycle::Error> for ttrpc::Error {
         match error {
             lifecycle::Error::Table(error) => error.into(),
             lifecycle::Error::Failed(failure) => failure.into(),
+            lifecycle::Error::Limits(error) => Failure::new(error.kind(), chain(&error)).into(),
+            lifecycle::Error::Namespaces(error) => invalid(chain(&error)),
             other => status(Code::INTERNAL, chain(&other)),
         }
     }
@@ -226,6 +229,12 @@ impl Agent for Service {
         if request.rootfs.lower.len() > LAYERS_MAX {
             return Err(invalid(format!("a root has at most {LAYERS_MAX} layers")));
         }
+        if !request.rootfs.share.is_empty() {
+            check_id("share", &request.rootfs.share)?;
+        }
+        for shared in &request.shared_namespaces {
+            check_id("container id", &shared.container_id)?;
+        }
         let pid = number(finish(Arc::clone(&self.lifecycle).create(request)).await?);
         Ok(CreateContainerResponse { pid, ..CreateContainerResponse::default() })
     }
@@ -250,6 +259,32 @@ impl Agent for Service {
         check_ids(&request.container_id, "")?;
         self.lifecycle.table.state(&request.container_id)?;
         Ok(stats(&Cgroup::of(&request.container_id)))
+    }
+
+    async fn update_container(&self, _: &TtrpcContext, request: UpdateContainerRequest) -> Answer<Empty> {
+        check_id("container id", &request.container_id)?;
+        check_length("resources", request.resources.len(), SPEC_MAX)?;
+        finish(Arc::clone(&self.lifecycle).update(request.container_id, request.resources)).await?;
+        Ok(Empty::default())
+    }
+
+    async fn pause_container(&self, _: &TtrpcContext, request: PauseContainerRequest) -> Answer<Empty> {
+        check_id("container id", &request.container_id)?;
+        finish(Arc::clone(&self.lifecycle).pause(request.container_id)).await?;
+        Ok(Empty::default())
+    }
+
+    async fn resume_container(&self, _: &TtrpcContext, request: ResumeContainerRequest) -> Answer<Empty> {
+        check_id("container id", &request.container_id)?;
+        finish(Arc::clone(&self.lifecycle).resume(request.container_id)).await?;
+        Ok(Empty::default())
+    }
+
+    async fn watch_oom(&self, _: &TtrpcContext, request: WatchOomRequest) -> Answer<WatchOomResponse> {
+        check_id("container id", &request.container_id)?;
+        // Not finished for its own sake: there is nothing to do when nobody waits.
+        let kills = self.lifecycle.more_oom_kills(&request.container_id, request.kills).await?;
+        Ok(WatchOomResponse { kills, ..WatchOomResponse::default() })
     }
 
     async fn exec_process(

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod runtime;
 mod support;
 
 use std::time::Duration;
@@ -97,6 +98,10 @@ fn namespaces_are_the_containers_own() {
         let finished = Container::create("spaces", &spec, output()).await.unwrap().finish().await;
         // Process 1, its name, the loopback device alone, the root of the cgroups.
         assert_eq!(finished.stdout, "1\ninner\nlo\n0::/\n", "{}", finished.stderr);
+
+        let script = "ip addr show lo | grep -oE 'LOOPBACK,UP|inet[6]? [0-9.:/]+'";
+        let finished = Container::create("loopback", &shell(script), output()).await.unwrap().finish().await;
+        assert!(finished.stdout.starts_with("LOOPBACK,UP\ninet 127.0.0.1/8\n"), "{}", finished.stdout);
     });
 }
 
@@ -618,7 +623,12 @@ fn what_is_not_supported_is_refused_by_name() {
             ("ref2", "/hooks", json!({"poststop": [{"path": "/bin/true"}]}), "poststop"),
             ("ref3", "/linux/resources", json!({"memory": {"swappiness": 10}}), "swappiness"),
             ("ref4", "/linux/resources", json!({"unified": {"../memory.max": "max"}}), "../memory.max"),
-            ("ref5", "/process/apparmorProfile", json!("docker-default"), "apparmorProfile"),
+            (
+                "ref5",
+                "/linux/devices",
+                json!([{"path": "/dev/../x", "type": "c", "major": 1, "minor": 3}]),
+                "/dev/../x",
+            ),
             ("ref6", "/linux/namespaces", json!([{"type": "pid"}]), "mount namespace"),
             (
                 "ref7",

@@ -22,10 +22,10 @@ use rustix::termios::{Winsize, tcsetwinsize};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use super::program::Program;
-use super::{Prepared, spec};
-use crate::log;
+use super::{Prepared, namespaces, spec};
 use crate::zygote::descriptors::receive;
 use crate::zygote::protocol::Job;
+use crate::{log, network};
 
 /// Most that is shown of what libcontainer logged, in bytes.
 const LOGGED_MAX: u64 = 3 << 10;
@@ -107,6 +107,13 @@ impl Launch<'_> {
                 (ContainerType::TenantContainer { exec_notify_fd: log_end.as_raw_fd() }, None)
             }
         };
+        let new_network = matches!(membership, Membership::First)
+            && self
+                .spec
+                .linux()
+                .as_ref()
+                .and_then(|linux| linux.namespaces().as_deref())
+                .is_some_and(namespaces::has_new_network);
         let raw = |stream: &Option<OwnedFd>| stream.as_ref().map(rustix::fd::AsRawFd::as_raw_fd);
         let args = ContainerArgs {
             container_type,
@@ -151,6 +158,10 @@ impl Launch<'_> {
             set_rlimits(pid, &rlimits, memlock)?;
             if !placed {
                 release(pid)?;
+            }
+            if new_network {
+                network::loopback_up_of(pid)
+                    .map_err(|error| Error::Prepare("bring up the container's loopback device", error))?;
             }
             let terminal = console.as_ref().map(|(ours, _)| take_terminal(ours, self.stdio)).transpose()?;
             Ok(Prepared { pid, terminal })

@@ -1,11 +1,15 @@
 //! What a worker does to a container: create it, join a process to it, remove it.
 //!
-//! [`spec`] makes the configuration fit, [`rootfs`] mounts the root, [`user`] finds out who the process is, [`program`]
-//! becomes its program; between the last two, libcontainer makes and enters the namespaces, limits and filters.
+//! [`spec`] makes the configuration fit with [`mounts`] and [`namespaces`], [`rootfs`] mounts the root, which may be one of
+//! [`shares`], [`user`] finds out who the process is, [`program`] becomes its program; between the last two, libcontainer makes
+//! and enters the namespaces and filters.
 
 mod launch;
+mod mounts;
+pub(crate) mod namespaces;
 mod program;
 mod rootfs;
+pub(crate) mod shares;
 mod spec;
 mod user;
 
@@ -15,16 +19,18 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use bulkhead_protocol::agent::{CreateContainerRequest, ExecProcessRequest};
+use bulkhead_protocol::agent::{CreateContainerRequest, ExecProcessRequest, SharedNamespace};
 use libcontainer::oci_spec::runtime::{Process, Spec};
-use oci_spec::runtime::User as SpecUser;
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, User as SpecUser};
 use protobuf::Message as _;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
 
-use crate::cgroup::{self, Cgroup};
+use crate::cgroup::{self, Cgroup, settings};
 use crate::chain;
 use crate::zygote::protocol::{Failure, FailureKind, Job};
 use launch::{Launch, Membership};
+use namespaces::Shared;
+use shares::Shares;
 
 /// Where the agent keeps what belongs to containers, each in a directory of its id's name.
 pub(crate) const DIRECTORY: &str = "/run/bulkhead/containers";
@@ -54,28 +60,44 @@ enum Error {
     #[error(transparent)]
     User(#[from] user::Error),
     #[error(transparent)]
+    Share(#[from] shares::Error),
+    #[error(transparent)]
     Cgroup(#[from] cgroup::Error),
+    #[error(transparent)]
+    Limits(#[from] settings::Error),
     #[error(transparent)]
     Launch(#[from] launch::Error),
     #[error("{0}")]
     File(&'static str, #[source] io::Error),
     #[error("the working directory {0} does not exist in the container")]
     WorkingDirectory(PathBuf),
+    #[error("{0} namespaces are to be shared, {1} have come")]
+    Namespaces(usize, usize),
 }
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let kind = match &error {
-            Error::Call(_) | Error::Spec(_) | Error::User(_) | Error::WorkingDirectory(_) => {
-                FailureKind::Invalid
-            }
+            Error::Limits(error) => error.kind(),
+            Error::Share(share) | Error::Rootfs(rootfs::Error::Share(share)) => match share {
+                shares::Error::NoDevice | shares::Error::NoShare(_) => FailureKind::Precondition,
+                shares::Error::Kind(..) => FailureKind::Invalid,
+                _ => FailureKind::Internal,
+            },
             Error::Rootfs(rootfs::Error::Device(device)) => match device {
                 crate::guest::Error::NoSlot(_) | crate::guest::Error::NoPartition(..) => FailureKind::Invalid,
                 crate::guest::Error::NoDevice(_) => FailureKind::Precondition,
                 _ => FailureKind::Internal,
             },
-            Error::Rootfs(
-                rootfs::Error::Nothing | rootfs::Error::NotDirectory(_) | rootfs::Error::WorkingDirectory(..),
+            Error::Call(_)
+            | Error::Spec(_)
+            | Error::User(_)
+            | Error::WorkingDirectory(_)
+            | Error::Rootfs(
+                rootfs::Error::Nothing
+                | rootfs::Error::Both
+                | rootfs::Error::NotDirectory(_)
+                | rootfs::Error::WorkingDirectory(..),
             ) => FailureKind::Invalid,
             _ => FailureKind::Internal,
         };
@@ -98,23 +120,60 @@ pub(crate) fn create(call: &[u8], start: &str, job: Job) -> Result<Prepared, Fai
     })
 }
 
-fn create_parts(call: &CreateContainerRequest, start: &str, job: Job) -> Result<Prepared, Error> {
+fn create_parts(call: &CreateContainerRequest, start: &str, mut job: Job) -> Result<Prepared, Error> {
     let id = &call.container_id;
     let directory = Path::new(DIRECTORY).join(id);
     let cgroup = Cgroup::path(id);
-    let mut spec = spec::container(&call.spec, &cgroup, &directory.join("rootfs"))?;
+    // They are open until libcontainer has joined them, at the end of this function.
+    let shared = shared_namespaces(call, std::mem::take(&mut job.namespaces))?;
+    let spec::Configuration { mut spec, limits, shares } =
+        spec::container(&call.spec, &shared, &cgroup, &directory.join("rootfs"))?;
+    take_mappings(&mut spec, &call.shared_namespaces)?;
     fs::create_dir(&directory).map_err(|error| Error::File("create the container's directory", error))?;
     let root = rootfs::mount(&call.rootfs, &directory)?;
     rootfs::check(&root)?;
+    if !shares.is_empty() {
+        let mounted = Shares::mounted()?;
+        shares.iter().try_for_each(|share| mounted.check(share))?;
+    }
+    mounts::check(spec.mounts().as_deref().unwrap_or_default(), &root).map_err(spec::Error::from)?;
     if let Some(process) = spec.process_mut() {
         set_user(process, &root, &call.user)?;
         rootfs::create_working_directory(&root, process.cwd())?;
         process.set_terminal(Some(call.stdio.terminal));
     }
     save(&spec, &directory)?;
-    Cgroup::of(id).create()?;
+    let group = Cgroup::of(id);
+    group.create()?;
+    limits.apply(&group)?;
     let launch = Launch { id, spec, directory: &directory, cgroup, stdio: &call.stdio, start };
     Ok(launch.run(Membership::First, job)?)
+}
+
+/// The namespaces that PID 1 has opened for a call.
+fn shared_namespaces(call: &CreateContainerRequest, opened: Vec<OwnedFd>) -> Result<Shared, Error> {
+    let kinds = namespaces::kinds(&call.shared_namespaces).map_err(spec::Error::from)?;
+    if kinds.len() != opened.len() {
+        return Err(Error::Namespaces(kinds.len(), opened.len()));
+    }
+    Ok(kinds.into_iter().zip(opened).collect())
+}
+
+/// A user namespace that is another container's has the ids that it was made with. One that the other has not is the guest's,
+/// where this container is anyway.
+fn take_mappings(spec: &mut Spec, shared: &[SharedNamespace]) -> Result<(), Error> {
+    let Some(user) = shared.iter().find(|namespace| namespace.type_ == "user") else { return Ok(()) };
+    let other = load(&Path::new(DIRECTORY).join(&user.container_id))?;
+    if let (Some(linux), Some(other)) = (spec.linux_mut(), other.linux()) {
+        linux.set_uid_mappings(other.uid_mappings().clone()).set_gid_mappings(other.gid_mappings().clone());
+        let is_user = |namespace: &LinuxNamespace| namespace.typ() == LinuxNamespaceType::User;
+        if !other.namespaces().iter().flatten().any(is_user) {
+            let namespaces = linux.namespaces().iter().flatten();
+            let rest = namespaces.filter(|namespace| !is_user(namespace)).cloned().collect();
+            linux.set_namespaces(Some(rest));
+        }
+    }
+    Ok(())
 }
 
 /// Prepares a process in a running container whose init is `init`.

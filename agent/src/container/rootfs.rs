@@ -1,4 +1,5 @@
-//! A container's root: EROFS layers and what is written above them, mounted where only the agent goes.
+//! A container's root: EROFS layers and what is written above them, or a directory that the host shares, mounted where only
+//! the agent goes.
 //!
 //! Everything is made with the file-descriptor mount calls: overlayfs takes a layer a call (`lowerdir+`), where mount(2)
 //! has one page for all of them, and no path in an image is ever followed.
@@ -17,6 +18,7 @@ use rustix::mount::{
     fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, unmount,
 };
 
+use super::shares::{self, Shares};
 use crate::guest;
 
 /// What could not be mounted.
@@ -24,8 +26,12 @@ use crate::guest;
 pub(crate) enum Error {
     #[error(transparent)]
     Device(#[from] guest::Error),
-    #[error("a root needs a layer or an ext4 device")]
+    #[error("a root needs a layer, an ext4 device or a share")]
     Nothing,
+    #[error("a share is the whole root: it has neither layers nor an upper")]
+    Both,
+    #[error(transparent)]
+    Share(#[from] shares::Error),
     #[error("create {0}")]
     Create(PathBuf, #[source] io::Error),
     #[error("open {0}")]
@@ -48,6 +54,10 @@ pub(crate) fn mount(rootfs: &Rootfs, directory: &Path) -> Result<OwnedFd, Error>
     let target = directory.join("rootfs");
     create_directory(&target)?;
     match (rootfs.lower.as_slice(), &rootfs.upper) {
+        ([], None) if !rootfs.share.is_empty() => {
+            attach(&Shares::mounted()?.directory(&rootfs.share)?, &target)?;
+        }
+        _ if !rootfs.share.is_empty() => return Err(Error::Both),
         ([], Some(Upper::Ext4(device))) => attach(&ext4(device)?, &target)?,
         ([], _) => return Err(Error::Nothing),
         ([layer], None) => attach(&erofs(layer)?, &target)?,
@@ -274,8 +284,11 @@ mod tests {
     }
 
     #[test]
-    fn a_root_of_nothing_is_refused() {
+    fn a_root_of_nothing_or_of_two_kinds_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         assert!(matches!(mount(&Rootfs::default(), directory.path()), Err(Error::Nothing)));
+        let upper = Some(Upper::TmpfsBytes(1));
+        let both = Rootfs { share: "s".into(), upper, ..Rootfs::default() };
+        assert!(matches!(mount(&both, directory.path()), Err(Error::Both)));
     }
 }

@@ -3,13 +3,17 @@
 //! What libcontainer 0.7 would ignore, or get wrong, is refused here or put right; each place says which. Nothing that
 //! a configuration asks for is dropped in silence.
 
-use std::collections::HashMap;
 use std::path::{Component, Path, PathBuf};
 
 use oci_spec::runtime::{
-    Hooks, Linux, LinuxCapabilities, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType,
-    LinuxResources, LinuxSeccomp, LinuxSeccompAction, Mount, PosixRlimit, Process, Spec,
+    Hooks, Linux, LinuxCapabilities, LinuxResources, LinuxSeccomp, LinuxSeccompAction, PosixRlimit, Process,
+    Spec,
 };
+
+use super::mounts;
+use super::namespaces::{self, Shared};
+use crate::cgroup::limits::Limits;
+use crate::cgroup::settings;
 
 /// Why a configuration is refused.
 #[derive(Debug, thiserror::Error)]
@@ -22,38 +26,58 @@ pub(crate) enum Error {
     Hook(&'static str),
     #[error("{0} is not supported")]
     Unsupported(&'static str),
-    #[error("the {0} namespace has a path: joining another container's namespaces is not supported")]
-    NamespacePath(LinuxNamespaceType),
-    #[error("{0} is bind mounted from {1}: no host directory is shared with this guest")]
-    Bind(PathBuf, PathBuf),
+    #[error(transparent)]
+    Namespace(#[from] namespaces::Error),
+    #[error(transparent)]
+    Mount(#[from] mounts::Error),
+    #[error(transparent)]
+    Limits(#[from] settings::Error),
+    #[error("{0} is no path of a device: it begins with /dev/ and has no . or ..")]
+    Device(PathBuf),
     #[error("the working directory {0} is not absolute")]
     WorkingDirectory(PathBuf),
-    #[error("unified resource {0:?} names no file of the container's own cgroup")]
-    Unified(String),
     #[error(transparent)]
     Invalid(#[from] libcontainer::error::ErrInvalidSpec),
     #[error("invalid mount option")]
     MountOption(#[source] libcontainer::error::LibcontainerError),
 }
 
+/// What a container is made of.
+#[derive(Debug)]
+pub(super) struct Configuration {
+    /// For libcontainer.
+    pub(super) spec: Spec,
+    /// For the container's cgroup.
+    pub(super) limits: Limits,
+    /// The shares that it mounts.
+    pub(super) shares: Vec<String>,
+}
+
 /// Parses a `config.json` and makes it what libcontainer shall run.
 ///
 /// # Errors
 /// [`Error`] names what is wrong or not supported.
-pub(crate) fn container(json: &[u8], cgroup: &str, root: &Path) -> Result<Spec, Error> {
+pub(super) fn container(
+    json: &[u8],
+    shared: &Shared,
+    cgroup: &str,
+    root: &Path,
+) -> Result<Configuration, Error> {
     let mut spec: Spec = serde_json::from_slice(json)?;
     refuse_hooks(spec.hooks().as_ref())?;
     let mut process = spec.process().clone().ok_or(Error::Missing("process"))?;
+    note_labels(&process);
     prepare_process(&mut process)?;
     spec.set_process(Some(process));
 
     let mut linux = spec.linux().clone().ok_or(Error::Missing("linux section"))?;
-    prepare_linux(&mut linux)?;
+    let limits = prepare_linux(&mut linux, shared)?;
     linux.set_cgroups_path(Some(cgroup.into()));
     spec.set_linux(Some(linux));
 
-    for mount in spec.mounts().iter().flatten() {
-        check_mount(mount)?;
+    let mut shares = Vec::new();
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        shares.extend(mounts::prepare(mount)?);
     }
     let mut file_system = spec.root().clone().unwrap_or_default();
     // Its default is a read-only root, which a configuration without this section did not ask for.
@@ -67,7 +91,7 @@ pub(crate) fn container(json: &[u8], cgroup: &str, root: &Path) -> Result<Spec, 
     if let Some(mounts) = spec.mounts() {
         libcontainer::utils::validate_mount_options(mounts).map_err(Error::MountOption)?;
     }
-    Ok(spec)
+    Ok(Configuration { spec, limits, shares })
 }
 
 /// Parses the `process` of an exec and puts it into the configuration of the container that it joins, whose init has
@@ -81,8 +105,7 @@ pub(crate) fn joining(container: &Spec, json: &[u8], init: i32, cgroup: &str) ->
     let mut process: Process = serde_json::from_slice(json)?;
     prepare_process(&mut process)?;
     let mut linux = container.linux().clone().ok_or(Error::Missing("linux section"))?;
-    let namespaces =
-        linux.namespaces().iter().flatten().map(|namespace| join(namespace.typ(), init)).collect();
+    let namespaces = namespaces::of_process(linux.namespaces().as_deref().unwrap_or_default(), init);
     linux.set_namespaces(Some(namespaces)).set_cgroups_path(Some(cgroup.into()));
     // These belong to the container's creation; the namespaces they are about exist.
     linux.set_sysctl(None).set_uid_mappings(None).set_gid_mappings(None).set_time_offsets(None);
@@ -121,7 +144,7 @@ pub(crate) fn set_home(process: &mut Process, home: &str) {
 }
 
 /// Resolves `.` and `..` by the names alone, as Docker does with a working directory.
-fn clean(path: &Path) -> PathBuf {
+pub(super) fn clean(path: &Path) -> PathBuf {
     let mut cleaned = PathBuf::from("/");
     for part in path.components() {
         match part {
@@ -138,14 +161,6 @@ fn clean(path: &Path) -> PathBuf {
 fn prepare_process(process: &mut Process) -> Result<(), Error> {
     if process.args().as_ref().is_none_or(|args| args.first().is_none_or(String::is_empty)) {
         return Err(Error::Missing("process.args"));
-    }
-    let set = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
-    // The guest has neither; libcontainer ignores the latter.
-    if set(process.apparmor_profile()) {
-        return Err(Error::Unsupported("process.apparmorProfile"));
-    }
-    if set(process.selinux_label()) {
-        return Err(Error::Unsupported("process.selinuxLabel"));
     }
     process.set_apparmor_profile(None).set_selinux_label(None);
     // libcontainer takes any value for true when it decides when to load the seccomp filter, which without the flag
@@ -176,33 +191,53 @@ fn no_capabilities() -> LinuxCapabilities {
     none
 }
 
-fn prepare_linux(linux: &mut Linux) -> Result<(), Error> {
-    let namespaces = linux.namespaces().clone().unwrap_or_default();
-    if !namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Mount) {
-        return Err(Error::Missing("mount namespace, which would give it the agent's"));
+/// Says that labels are not put on anything. The guest has neither AppArmor nor SELinux, and engines on hosts that have
+/// them label every container: a refusal would be one of all their containers.
+fn note_labels(process: &Process) {
+    let label = |text: &Option<String>| text.clone().filter(|text| !text.is_empty() && text != "unconfined");
+    for (name, label) in [
+        ("AppArmor profile", label(process.apparmor_profile())),
+        ("SELinux label", label(process.selinux_label())),
+    ] {
+        if let Some(label) = label {
+            tracing::warn!(
+                "the {name} {label:?} of a container's processes is the host's: it has no effect here"
+            );
+        }
     }
-    if let Some(joined) = namespaces.iter().find(|namespace| namespace.path().is_some()) {
-        return Err(Error::NamespacePath(joined.typ()));
-    }
+}
+
+fn prepare_linux(linux: &mut Linux, shared: &Shared) -> Result<Limits, Error> {
+    let namespaces = namespaces::of_new(linux.namespaces().as_deref().unwrap_or_default(), shared)?;
+    linux.set_namespaces(Some(namespaces));
     for (present, name) in [
         (linux.intel_rdt().is_some(), "linux.intelRdt"),
         (linux.net_devices().as_ref().is_some_and(|devices| !devices.is_empty()), "linux.netDevices"),
-        (linux.mount_label().as_ref().is_some_and(|label| !label.is_empty()), "linux.mountLabel"),
     ] {
         if present {
             return Err(Error::Unsupported(name));
         }
     }
+    // A label of SELinux: see `note_labels`.
     linux.set_mount_label(None);
     if let Some(seccomp) = linux.seccomp() {
         check_seccomp(seccomp)?;
     }
+    for device in linux.devices().iter().flatten() {
+        // libcontainer compares the names alone.
+        let path = device.path();
+        if !path.starts_with("/dev") || path == Path::new("/dev") || *path != clean(path) {
+            return Err(Error::Device(path.clone()));
+        }
+    }
+    let resources = linux.resources().clone().unwrap_or_default();
+    let limits = Limits::of(&resources)?;
     // Without this section libcontainer would not load its device filter, and the guest's disks would be open to anyone
     // who may make device nodes.
-    let mut resources = linux.resources().clone().unwrap_or_default();
-    prepare_resources(&mut resources)?;
-    linux.set_resources(Some(resources));
-    Ok(())
+    let mut devices = LinuxResources::default();
+    devices.set_devices(resources.devices().clone());
+    linux.set_resources(Some(devices));
+    Ok(limits)
 }
 
 /// A filter that asks a supervisor needs one in the guest.
@@ -213,76 +248,6 @@ fn check_seccomp(seccomp: &LinuxSeccomp) -> Result<(), Error> {
         || notifies.into_iter().any(|a| a == LinuxSeccompAction::ScmpActNotify)
     {
         return Err(Error::Unsupported("SCMP_ACT_NOTIFY"));
-    }
-    Ok(())
-}
-
-fn prepare_resources(resources: &mut LinuxResources) -> Result<(), Error> {
-    let mut unified = resources.unified().clone().unwrap_or_default();
-    if let Some(file) = unified.keys().find(|file| file.contains('/') || file.starts_with("cgroup.")) {
-        return Err(Error::Unified(file.clone()));
-    }
-    if let Some(memory) = resources.memory_mut() {
-        // Limits of cgroup v1, which libcontainer ignores.
-        #[allow(deprecated)]
-        let kernel = memory.kernel().is_some_and(|limit| limit > 0);
-        for (asked, name) in [
-            (kernel, "memory.kernel"),
-            (memory.kernel_tcp().is_some_and(|limit| limit > 0), "memory.kernelTCP"),
-            (memory.swappiness().is_some(), "memory.swappiness"),
-            (memory.disable_oom_killer() == Some(true), "memory.disableOOMKiller"),
-        ] {
-            if asked {
-                return Err(Error::Unsupported(name));
-            }
-        }
-        // libcontainer does not write a swap limit of nothing, which is what an equal memory and memory-and-swap mean.
-        if let (Some(limit), Some(swap)) = (memory.limit(), memory.swap())
-            && limit > 0
-            && swap == limit
-        {
-            memory.set_swap(None);
-            unified.insert("memory.swap.max".into(), "0".into());
-        }
-    }
-    for (asked, name) in [
-        (resources.network().is_some(), "linux.resources.network"),
-        (resources.rdma().as_ref().is_some_and(|rdma| !rdma.is_empty()), "linux.resources.rdma"),
-    ] {
-        if asked {
-            return Err(Error::Unsupported(name));
-        }
-    }
-    drop_swap_without_swap(resources, &mut unified);
-    resources.set_unified(if unified.is_empty() { None } else { Some(unified) });
-    Ok(())
-}
-
-/// A kernel that cannot swap enforces every limit on it, and has no file to write it to.
-fn drop_swap_without_swap(resources: &mut LinuxResources, unified: &mut HashMap<String, String>) {
-    if Path::new("/proc/swaps").exists() {
-        return;
-    }
-    unified.remove("memory.swap.max");
-    if let Some(memory) = resources.memory_mut() {
-        memory.set_swap(None);
-    }
-}
-
-fn check_mount(mount: &Mount) -> Result<(), Error> {
-    let mapped = |mappings: &Option<Vec<_>>| mappings.as_ref().is_some_and(|mappings| !mappings.is_empty());
-    let options = || mount.options().iter().flatten().map(String::as_str);
-    // libcontainer skips these options.
-    if mapped(mount.uid_mappings())
-        || mapped(mount.gid_mappings())
-        || options().any(|o| o == "idmap" || o == "ridmap")
-    {
-        return Err(Error::Unsupported("an id-mapped mount"));
-    }
-    // A bind mount's source would be a path of the agent's.
-    if libcontainer::rootfs::utils::is_bind(mount) {
-        let source = mount.source().clone().unwrap_or_default();
-        return Err(Error::Bind(mount.destination().clone(), source));
     }
     Ok(())
 }
@@ -306,23 +271,6 @@ fn refuse_hooks(hooks: Option<&Hooks>) -> Result<(), Error> {
     Ok(())
 }
 
-/// The namespace of a running process, by its path.
-fn join(kind: LinuxNamespaceType, init: i32) -> LinuxNamespace {
-    let name = match kind {
-        LinuxNamespaceType::Mount => "mnt",
-        LinuxNamespaceType::Cgroup => "cgroup",
-        LinuxNamespaceType::Uts => "uts",
-        LinuxNamespaceType::Ipc => "ipc",
-        LinuxNamespaceType::User => "user",
-        LinuxNamespaceType::Pid => "pid",
-        LinuxNamespaceType::Network => "net",
-        LinuxNamespaceType::Time => "time",
-    };
-    let namespace = LinuxNamespaceBuilder::default().typ(kind).path(format!("/proc/{init}/ns/{name}"));
-    // Every field of the builder has a default.
-    namespace.build().unwrap_or_default()
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -339,7 +287,8 @@ mod tests {
     }
 
     fn prepare(spec: &Value) -> Result<Spec, Error> {
-        container(spec.to_string().as_bytes(), "/bulkhead/c", Path::new("/run/c/rootfs"))
+        let root = Path::new("/run/c/rootfs");
+        Ok(container(spec.to_string().as_bytes(), &Vec::new(), "/bulkhead/c", root)?.spec)
     }
 
     #[test]
@@ -374,16 +323,42 @@ mod tests {
     }
 
     #[test]
-    fn equal_memory_and_swap_forbid_swapping() {
-        let mut spec = minimal();
-        spec["linux"]["resources"] = json!({"memory": {"limit": 4096, "swap": 4096}});
-        let spec = prepare(&spec).unwrap();
-        let resources = spec.linux().as_ref().unwrap().resources().as_ref().unwrap();
-        assert_eq!(resources.memory().as_ref().unwrap().swap(), None);
-        // A kernel without swap needs no limit.
-        let expected = Path::new("/proc/swaps").exists().then_some("0");
-        let unified = resources.unified().as_ref();
-        assert_eq!(unified.and_then(|files| files.get("memory.swap.max")).map(String::as_str), expected);
+    fn limits_are_the_agents_and_devices_are_libcontainers() {
+        let mut json = minimal();
+        json["linux"]["resources"] =
+            json!({"memory": {"limit": 4096}, "devices": [{"allow": false, "access": "rwm"}]});
+        json["mounts"] = json!([{"destination": "/v", "source": "share:v", "type": "bind"}]);
+        let root = Path::new("/r");
+        let prepared = container(json.to_string().as_bytes(), &Vec::new(), "/bulkhead/c", root).unwrap();
+        let linux = prepared.spec.linux().as_ref().unwrap();
+        let resources = linux.resources().as_ref().unwrap();
+        assert!(resources.memory().is_none());
+        assert_eq!(resources.devices().as_ref().map(Vec::len), Some(1));
+        assert_ne!(prepared.limits, Limits::default());
+        assert_eq!(prepared.shares, ["v"]);
+    }
+
+    #[test]
+    fn labels_of_the_host_are_dropped() {
+        let mut json = minimal();
+        json["process"]["apparmorProfile"] = json!("cri-containerd.apparmor.d");
+        json["process"]["selinuxLabel"] = json!("system_u:system_r:container_t:s0");
+        json["linux"]["mountLabel"] = json!("system_u:object_r:container_file_t:s0");
+        let spec = prepare(&json).unwrap();
+        let process = spec.process().as_ref().unwrap();
+        assert_eq!((process.apparmor_profile(), process.selinux_label()), (&None, &None));
+        assert_eq!(spec.linux().as_ref().unwrap().mount_label(), &None);
+    }
+
+    #[test]
+    fn devices_are_below_dev() {
+        for (path, good) in
+            [("/dev/fuse", true), ("/dev/a/b", true), ("/dev", false), ("/dev/../etc/x", false)]
+        {
+            let mut json = minimal();
+            json["linux"]["devices"] = json!([{"path": path, "type": "c", "major": 10, "minor": 229}]);
+            assert_eq!(prepare(&json).is_ok(), good, "{path}");
+        }
     }
 
     #[test]
@@ -402,7 +377,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_bytes_are_prepared_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _ = container(&bytes, "/bulkhead/c", Path::new("/r"));
+            let _ = container(&bytes, &Vec::new(), "/bulkhead/c", Path::new("/r"));
         }
 
         #[test]

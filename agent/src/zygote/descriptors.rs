@@ -10,8 +10,8 @@ use rustix::net::{
     SendFlags, recvmsg, sendmsg,
 };
 
-/// Most descriptors in a message.
-pub(crate) const DESCRIPTORS_MAX: usize = 5;
+/// Most descriptors in a message: a socket, an outcome, three streams, five namespaces.
+pub(crate) const DESCRIPTORS_MAX: usize = 10;
 
 /// Sends `bytes` with `descriptors`, at most [`DESCRIPTORS_MAX`], and returns how many bytes were taken.
 pub(crate) fn send(socket: impl AsFd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> Result<usize, Errno> {

@@ -76,6 +76,8 @@ pub(crate) struct Job {
     pub(crate) outcome: Option<OwnedFd>,
     /// The process's standard streams; one that is missing is `/dev/null`.
     pub(crate) stdio: [Option<OwnedFd>; 3],
+    /// Namespaces of other containers, in the order in which the call names them.
+    pub(crate) namespaces: Vec<OwnedFd>,
 }
 
 impl Job {
@@ -89,6 +91,7 @@ impl Job {
                 descriptors.push(descriptor);
             }
         }
+        descriptors.extend(self.namespaces);
         (mask, descriptors)
     }
 
@@ -97,7 +100,8 @@ impl Job {
         let mut descriptors = descriptors.into_iter();
         let socket = descriptors.next();
         let mut next = |bit: u8| if mask & (1 << bit) == 0 { None } else { descriptors.next() };
-        (socket, Self { outcome: next(0), stdio: [next(1), next(2), next(3)] })
+        let (outcome, stdio) = (next(0), [next(1), next(2), next(3)]);
+        (socket, Self { outcome, stdio, namespaces: descriptors.collect() })
     }
 }
 
@@ -111,13 +115,17 @@ mod tests {
     #[test]
     fn descriptors_arrive_in_their_places() {
         let open = || OwnedFd::from(File::open("/dev/null").unwrap());
-        let (socket, stdout) = (open(), open());
+        let (socket, stdout, namespace) = (open(), open(), open());
         let numbers = (socket.as_raw_fd(), stdout.as_raw_fd());
+        let third = namespace.as_raw_fd();
         let (mask, descriptors) =
-            Job { outcome: None, stdio: [None, Some(stdout), None] }.into_descriptors(socket);
+            Job { outcome: None, stdio: [None, Some(stdout), None], namespaces: vec![namespace] }
+                .into_descriptors(socket);
         let (socket, job) = Job::from_descriptors(mask, descriptors);
         assert_eq!(socket.unwrap().as_raw_fd(), numbers.0);
         assert!(job.outcome.is_none() && job.stdio[0].is_none() && job.stdio[2].is_none());
         assert_eq!(job.stdio[1].as_ref().unwrap().as_raw_fd(), numbers.1);
+        assert_eq!(job.namespaces.len(), 1);
+        assert_eq!(job.namespaces[0].as_raw_fd(), third);
     }
 }

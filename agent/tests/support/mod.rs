@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use bulkhead_protocol::agent::rootfs::Upper;
 use bulkhead_protocol::agent::{
-    BlockSource, CreateContainerRequest, ExecProcessRequest, RemoveContainerRequest, Rootfs,
-    SignalProcessRequest, StartContainerRequest, StatsContainerRequest, StatsContainerResponse, Stdio,
-    WaitProcessRequest, WaitProcessResponse,
+    BlockSource, CreateContainerRequest, ExecProcessRequest, PauseContainerRequest, RemoveContainerRequest,
+    ResumeContainerRequest, Rootfs, SharedNamespace, SignalProcessRequest, StartContainerRequest,
+    StatsContainerRequest, StatsContainerResponse, Stdio, UpdateContainerRequest, WaitProcessRequest,
+    WaitProcessResponse, WatchOomRequest,
 };
 use bulkhead_protocol::agent_ttrpc::AgentClient;
 use bulkhead_protocol::limits::{CONTROL_PORT, STREAM_PORT};
@@ -137,7 +138,22 @@ impl Container {
     }
 
     pub(crate) async fn create_as(id: &str, spec: &Value, stdio: Stdio, user: &str) -> ttrpc::Result<Self> {
-        Self::create_with(id, spec, stdio, user, writable()).await
+        Self::create_with(id, spec, stdio, user, writable(), Vec::new()).await
+    }
+
+    /// With namespaces that other containers have.
+    pub(crate) async fn create_sharing(
+        id: &str,
+        spec: &Value,
+        stdio: Stdio,
+        shared: &[(&str, &str)],
+    ) -> ttrpc::Result<Self> {
+        let one = |&(kind, container): &(&str, &str)| SharedNamespace {
+            type_: kind.into(),
+            container_id: container.into(),
+            ..SharedNamespace::default()
+        };
+        Self::create_with(id, spec, stdio, "", writable(), shared.iter().map(one).collect()).await
     }
 
     pub(crate) async fn create_on(
@@ -146,7 +162,7 @@ impl Container {
         stdio: Stdio,
         rootfs: Rootfs,
     ) -> ttrpc::Result<Self> {
-        Self::create_with(id, spec, stdio, "", rootfs).await
+        Self::create_with(id, spec, stdio, "", rootfs, Vec::new()).await
     }
 
     async fn create_with(
@@ -155,6 +171,7 @@ impl Container {
         stdio: Stdio,
         user: &str,
         rootfs: Rootfs,
+        shared_namespaces: Vec<SharedNamespace>,
     ) -> ttrpc::Result<Self> {
         let agent = Arc::new(connect().await);
         let request = CreateContainerRequest {
@@ -163,6 +180,7 @@ impl Container {
             rootfs: Some(rootfs).into(),
             stdio: Some(stdio).into(),
             user: user.into(),
+            shared_namespaces,
             ..CreateContainerRequest::default()
         };
         agent.create_container(context(), &request).await?;
@@ -186,6 +204,31 @@ impl Container {
     pub(crate) async fn stats(&self) -> ttrpc::Result<StatsContainerResponse> {
         let request = StatsContainerRequest { container_id: self.id.clone(), ..Default::default() };
         self.agent.stats_container(context(), &request).await
+    }
+
+    pub(crate) async fn update(&self, resources: &Value) -> ttrpc::Result<()> {
+        let request = UpdateContainerRequest {
+            container_id: self.id.clone(),
+            resources: resources.to_string().into_bytes(),
+            ..Default::default()
+        };
+        self.agent.update_container(context(), &request).await.map(drop)
+    }
+
+    pub(crate) async fn pause(&self) -> ttrpc::Result<()> {
+        let request = PauseContainerRequest { container_id: self.id.clone(), ..Default::default() };
+        self.agent.pause_container(context(), &request).await.map(drop)
+    }
+
+    pub(crate) async fn resume(&self) -> ttrpc::Result<()> {
+        let request = ResumeContainerRequest { container_id: self.id.clone(), ..Default::default() };
+        self.agent.resume_container(context(), &request).await.map(drop)
+    }
+
+    /// Waits for more kills for want of memory than `kills`.
+    pub(crate) async fn watch_oom(&self, kills: u64) -> ttrpc::Result<u64> {
+        let request = WatchOomRequest { container_id: self.id.clone(), kills, ..Default::default() };
+        self.agent.watch_oom(context(), &request).await.map(|answer| answer.kills)
     }
 
     pub(crate) async fn signal(&self, exec: &str, signal: u32, all: bool) -> ttrpc::Result<()> {

@@ -1,7 +1,12 @@
 //! The cgroups of the guest: the agent in the root, every container below `/bulkhead`.
 //!
 //! The agent needs no cgroup of its own: what the parent of all containers may not have is left to it, memory and
-//! process ids alike, and the kernel's root group is never limited.
+//! process ids alike, and the kernel's root group is never limited. [`limits`] is what a container may have, as
+//! [`settings`] of files; [`events`] is what the kernel tells of it.
+
+mod events;
+pub(crate) mod limits;
+pub(crate) mod settings;
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -10,7 +15,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bulkhead_protocol::agent::IoStat;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use events::Events;
 
 /// Where the unified hierarchy is mounted.
 pub(crate) const ROOT: &str = "/sys/fs/cgroup";
@@ -141,33 +147,46 @@ impl Cgroup {
         }
     }
 
+    /// Has every process in the group and below stop, or go on. [`Cgroup::frozen`] tells when they have.
+    ///
+    /// # Errors
+    /// [`Error::Write`].
+    pub(crate) fn freeze(&self, frozen: bool) -> Result<(), Error> {
+        write(self.directory.join("cgroup.freeze"), if frozen { "1" } else { "0" })
+    }
+
+    /// Completes when every process in the group and below has stopped, or none is kept from going on.
+    ///
+    /// # Errors
+    /// [`Error::Read`].
+    pub(crate) async fn frozen(&self, frozen: bool) -> Result<(), Error> {
+        let events = Events::open(&self.directory, "cgroup.events")?;
+        events.find(|events| (events.get("frozen") == Some(&u64::from(frozen))).then_some(())).await
+    }
+
+    /// Completes with the number of processes that the kernel has killed for want of memory, when that is more than
+    /// `known`.
+    ///
+    /// # Errors
+    /// [`Error::Read`].
+    pub(crate) async fn more_oom_kills(&self, known: u64) -> Result<u64, Error> {
+        let events = Events::open(&self.directory, "memory.events")?;
+        events.find(|events| events.get("oom_kill").copied().filter(|&kills| kills > known)).await
+    }
+
     /// Removes the group and those below it, once their last process has ended. Blocks for at most `patience`.
     ///
     /// # Errors
     /// [`Error::Populated`] when processes are left after that, [`Error::Remove`] when the kernel refuses.
     pub(crate) fn remove(&self, patience: Duration) -> Result<(), Error> {
-        let events = match File::open(self.directory.join("cgroup.events")) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(Error::Read(self.directory.clone(), error)),
+        let events = match Events::open(&self.directory, "cgroup.events") {
+            Err(Error::Read(_, error)) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            other => other?,
         };
-        self.wait_until_empty(&events, Instant::now() + patience, patience.as_secs())?;
-        remove_tree(&self.directory)
-    }
-
-    /// cgroup v2: a change of `populated` wakes pollers of `cgroup.events` with POLLPRI.
-    fn wait_until_empty(&self, events: &File, until: Instant, seconds: u64) -> Result<(), Error> {
-        let file = self.directory.join("cgroup.events");
-        while parse_table(&read(file.clone())?).get("populated") != Some(&0) {
-            let left = until.saturating_duration_since(Instant::now());
-            let timeout = Timespec::try_from(left).ok();
-            let ready = poll(&mut [PollFd::new(events, PollFlags::PRI)], timeout.as_ref())
-                .map_err(|error| Error::Read(file.clone(), error.into()))?;
-            if ready == 0 {
-                return Err(Error::Populated(self.directory.clone(), seconds));
-            }
+        if !events.wait(Instant::now() + patience, |events| events.get("populated") == Some(&0))? {
+            return Err(Error::Populated(self.directory.clone(), patience.as_secs()));
         }
-        Ok(())
+        remove_tree(&self.directory)
     }
 }
 
@@ -190,11 +209,13 @@ fn read(file: PathBuf) -> Result<String, Error> {
     fs::read_to_string(&file).map_err(|error| Error::Read(file, error))
 }
 
-/// One `write`, as cgroup files want it; the file must be there.
 fn write(file: PathBuf, text: &str) -> Result<(), Error> {
-    let written =
-        File::options().write(true).open(&file).and_then(|mut open| open.write_all(text.as_bytes()));
-    written.map_err(|error| Error::Write(file, text.to_owned(), error))
+    write_file(&file, text).map_err(|error| Error::Write(file, text.to_owned(), error))
+}
+
+/// One `write`, as cgroup files want it; the file must be there.
+fn write_file(file: &Path, text: &str) -> io::Result<()> {
+    File::options().write(true).open(file)?.write_all(text.as_bytes())
 }
 
 /// Lines of a name and a number.
