@@ -38,6 +38,9 @@ pub(crate) enum Command {
     /// Manage images
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Look into the configuration
+    #[command(subcommand)]
+    Config(ConfigCommand),
     /// Check whether this host can run containers in virtual machines
     Check(CheckArgs),
     /// Show the versions of this program and of what it is installed with
@@ -192,6 +195,13 @@ pub(crate) struct RmArgs {
     /// Names or ids of containers, or the beginnings of their ids
     #[arg(required = true)]
     pub(crate) containers: Vec<String>,
+}
+
+/// What can be done with the configuration.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// Show every value that holds, and which file or variable it came from
+    Explain,
 }
 
 /// What can be done with images.

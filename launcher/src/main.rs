@@ -6,7 +6,6 @@ mod container;
 mod failure;
 mod log;
 mod message;
-mod paths;
 mod process;
 mod progress;
 mod run;
@@ -56,6 +55,7 @@ fn dispatch(command: &Command, started: Stamp) -> Result<u8, Failure> {
         Command::Kill(args) => command::end::kill(args),
         Command::Rm(args) => command::end::rm(args),
         Command::Image(command) => command::image::image(command),
+        Command::Config(command) => command::config::config(command),
         Command::Check(args) => command::check::check(args),
         Command::Version => command::version::version(),
     }

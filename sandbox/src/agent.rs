@@ -1,6 +1,7 @@
 //! Calls to the agent in the guest. The guest is hostile: its answers are bounded in size by ttrpc, in time by the caller, and
 //! its words are escaped before anyone sees them.
 
+use std::fmt;
 use std::future::Future;
 use std::io;
 use std::path::Path;
@@ -69,6 +70,12 @@ impl AgentError {
 pub struct Agent {
     client: AgentClient,
     details: GuestDetails,
+}
+
+impl fmt::Debug for Agent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Agent").field("details", &self.details).finish_non_exhaustive()
+    }
 }
 
 impl Agent {

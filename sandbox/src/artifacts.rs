@@ -22,6 +22,8 @@ pub const SHARE_VARIABLE: &str = "BULKHEAD_SHARE";
 pub struct Artifacts {
     /// The VMM's executable.
     pub vmm: PathBuf,
+    /// The file server's executable.
+    pub file_server: PathBuf,
     /// The guest's kernel: an uncompressed ELF `vmlinux`.
     pub kernel: PathBuf,
     /// The guest's image: an EROFS with the agent.
@@ -67,6 +69,7 @@ impl Artifacts {
         let share = directory(SHARE_VARIABLE, &paths.share, "share/bulkhead")?;
         Ok(Self {
             vmm: libexec.join("bulkhead-vmm"),
+            file_server: libexec.join("bulkhead-fs"),
             kernel: share.join("vmlinux"),
             guest_image: share.join("guest.erofs"),
         })
@@ -154,8 +157,12 @@ mod tests {
         let at = |name| dir.path().join(name);
         fs::write(at("vmlinux"), kernel).unwrap();
         fs::write(at("guest.erofs"), guest_image).unwrap();
-        let artifacts =
-            Artifacts { vmm: at("bulkhead-vmm"), kernel: at("vmlinux"), guest_image: at("guest.erofs") };
+        let artifacts = Artifacts {
+            vmm: at("bulkhead-vmm"),
+            file_server: at("bulkhead-fs"),
+            kernel: at("vmlinux"),
+            guest_image: at("guest.erofs"),
+        };
         (dir, artifacts)
     }
 

@@ -1,6 +1,7 @@
 //! The configuration: `/etc/bulkhead/config.toml`, then the files of `config.d` beside it in the order of their names. A later
 //! file wins, key by key; a key that is not known is an error.
 
+use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -8,7 +9,9 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use toml::{Table, Value};
 
+use crate::artifacts::{LIBEXEC_VARIABLE, SHARE_VARIABLE};
 use crate::size::Size;
+use crate::sizing::ANNOTATIONS;
 
 /// Where the configuration is looked for, unless [`CONFIG_VARIABLE`] names another file.
 pub const CONFIG_FILE: &str = "/etc/bulkhead/config.toml";
@@ -25,6 +28,8 @@ pub struct Config {
     pub uids: Uids,
     /// What a sandbox gets when nothing is asked.
     pub defaults: Defaults,
+    /// What a container may ask for itself.
+    pub annotations: Annotations,
 }
 
 /// Where things are.
@@ -77,6 +82,14 @@ impl Default for Defaults {
     }
 }
 
+/// What a container may ask for itself, by annotations of its configuration, whose author may be anybody.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Annotations {
+    /// The names of those that count, of [`ANNOTATIONS`](crate::sizing::ANNOTATIONS). Any other of ours is an error.
+    pub allow: Vec<String>,
+}
+
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -86,6 +99,9 @@ pub enum ConfigError {
     /// A file's content is not accepted.
     #[error("{0} is not valid: correct or remove what it names")]
     Parse(PathBuf, #[source] Box<toml::de::Error>),
+    /// An annotation that does not exist.
+    #[error("annotations.allow names {0:?}: there are {list}", list = ANNOTATIONS.join(" and "))]
+    Annotation(String),
     /// A uid that would be that of a user, or past the end of all uids.
     #[error("uids {first} to {first}+{count}: VMMs run as uids above 65535 and below 4294967294")]
     Uids {
@@ -111,16 +127,13 @@ impl Config {
     /// # Errors
     /// [`ConfigError`] for a file that cannot be read, is not TOML or holds an unknown key or a value of the wrong type.
     pub fn load(file: &Path) -> Result<Self, ConfigError> {
+        Self::from_layers(file, &layers(file)?)
+    }
+
+    fn from_layers(file: &Path, layers: &[(PathBuf, Table)]) -> Result<Self, ConfigError> {
         let mut merged = Table::new();
-        for path in std::iter::once(file.to_owned()).chain(drop_ins(file)?) {
-            let text = match fs::read_to_string(&path) {
-                Ok(text) => text,
-                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-                Err(e) => return Err(ConfigError::Read(path, e)),
-            };
-            let parse_error = |e| ConfigError::Parse(path.clone(), Box::new(e));
-            toml::from_str::<Self>(&text).map_err(parse_error)?;
-            merge(&mut merged, toml::from_str(&text).map_err(parse_error)?);
+        for (_, layer) in layers {
+            merge(&mut merged, layer.clone());
         }
         let config: Self =
             Value::Table(merged).try_into().map_err(|e| ConfigError::Parse(file.to_owned(), Box::new(e)))?;
@@ -129,8 +142,108 @@ impl Config {
         if first <= 0xffff || count == 0 || last.is_none() {
             return Err(ConfigError::Uids { first, count });
         }
+        if let Some(unknown) =
+            config.annotations.allow.iter().find(|name| !ANNOTATIONS.contains(&name.as_str()))
+        {
+            return Err(ConfigError::Annotation(unknown.clone()));
+        }
         Ok(config)
     }
+
+    /// Every value that holds, with where it came from, in the order of the installed file.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn explain(file: &Path) -> Result<Vec<Setting>, ConfigError> {
+        let layers = layers(file)?;
+        let config = Self::from_layers(file, &layers)?;
+        let path = |path: &Option<PathBuf>, default: &str| {
+            path.as_ref().map_or_else(|| default.to_owned(), |path| path.display().to_string())
+        };
+        let variable = |name: &'static str| std::env::var(name).ok().map(|value| (name, value));
+        let settings = [
+            (
+                "paths.libexec",
+                path(&config.paths.libexec, "../libexec/bulkhead of the executable's directory"),
+                variable(LIBEXEC_VARIABLE),
+            ),
+            (
+                "paths.share",
+                path(&config.paths.share, "../share/bulkhead of the executable's directory"),
+                variable(SHARE_VARIABLE),
+            ),
+            ("paths.kvm", config.paths.kvm.display().to_string(), None),
+            ("uids.first", config.uids.first.to_string(), None),
+            ("uids.count", config.uids.count.to_string(), None),
+            ("defaults.memory", config.defaults.memory.to_string(), None),
+            ("defaults.cpus", config.defaults.cpus.to_string(), None),
+            ("annotations.allow", format!("[{}]", config.annotations.allow.join(", ")), None),
+        ];
+        let explain = |(key, value, variable): (&'static str, String, Option<(&'static str, String)>)| {
+            if let Some((name, value)) = variable {
+                return Setting { key, value, origin: Origin::Environment(name) };
+            }
+            let found = layers.iter().rev().find(|(_, layer)| contains(layer, key));
+            let origin = found.map_or(Origin::Default, |(path, _)| Origin::File(path.clone()));
+            Setting { key, value, origin }
+        };
+        Ok(settings.into_iter().map(explain).collect())
+    }
+}
+
+/// A value of the configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Setting {
+    /// Section and key, with a dot between them.
+    pub key: &'static str,
+    /// The value that holds.
+    pub value: String,
+    /// Where it came from.
+    pub origin: Origin,
+}
+
+/// Where a value came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// Nobody said anything.
+    Default,
+    /// The last file that has it.
+    File(PathBuf),
+    /// An environment variable, which comes before all files.
+    Environment(&'static str),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Default => f.write_str("default"),
+            Self::File(path) => write!(f, "{}", path.display()),
+            Self::Environment(name) => write!(f, "the environment's {name}"),
+        }
+    }
+}
+
+/// The files that are there, each valid for itself, in the order in which they are read.
+fn layers(file: &Path) -> Result<Vec<(PathBuf, Table)>, ConfigError> {
+    let mut layers = Vec::new();
+    for path in std::iter::once(file.to_owned()).chain(drop_ins(file)?) {
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            Err(e) => return Err(ConfigError::Read(path, e)),
+        };
+        let parse_error = |e| ConfigError::Parse(path.clone(), Box::new(e));
+        toml::from_str::<Config>(&text).map_err(parse_error)?;
+        let table = toml::from_str(&text).map_err(parse_error)?;
+        layers.push((path, table));
+    }
+    Ok(layers)
+}
+
+/// True when a file has a value of this section and key.
+fn contains(table: &Table, key: &str) -> bool {
+    let Some((section, name)) = key.split_once('.') else { return table.contains_key(key) };
+    table.get(section).and_then(Value::as_table).is_some_and(|section| section.contains_key(name))
 }
 
 fn drop_ins(file: &Path) -> Result<Vec<PathBuf>, ConfigError> {
@@ -186,7 +299,7 @@ mod tests {
             .map(|line| if is_setting(&line) { &line[1..] } else { line })
             .collect::<Vec<_>>()
             .join("\n");
-        assert_eq!(settings, 7);
+        assert_eq!(settings, 8);
         let said = load(Some(&uncommented), &[]).unwrap();
         let paths = Paths {
             libexec: said.paths.libexec.clone(),
@@ -214,6 +327,33 @@ mod tests {
         ];
         let config = load(Some(main), &drop_ins).unwrap();
         assert_eq!((config.defaults.memory, config.defaults.cpus), (Size(512 << 20), 4));
+    }
+
+    #[test]
+    fn every_value_is_explained_by_the_last_file_that_has_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, drop_in) = (dir.path().join("config.toml"), dir.path().join("config.d/10.toml"));
+        fs::write(&file, "[defaults]\nmemory = \"512M\"\ncpus = 1\n").unwrap();
+        fs::create_dir(dir.path().join("config.d")).unwrap();
+        fs::write(&drop_in, "[defaults]\ncpus = 3\n").unwrap();
+        let explained = Config::explain(&file).unwrap();
+        let find = |key: &str| {
+            let setting = explained.iter().find(|setting| setting.key == key).unwrap();
+            (setting.value.clone(), setting.origin.clone())
+        };
+        assert_eq!(find("defaults.memory"), ("512 MiB".into(), Origin::File(file)));
+        assert_eq!(find("defaults.cpus"), ("3".into(), Origin::File(drop_in)));
+        assert_eq!(find("paths.kvm"), ("/dev/kvm".into(), Origin::Default));
+        // Whoever adds a key to the installed file explains it, too.
+        let installed = include_str!("../config.toml");
+        let settings = installed.lines().filter(|line| line.starts_with('#') && !line.starts_with("# "));
+        assert_eq!(settings.count(), explained.len());
+    }
+
+    #[test]
+    fn an_annotation_that_does_not_exist_cannot_be_allowed() {
+        let error = load(Some("[annotations]\nallow = [\"io.bulkhead.vm.kernel\"]"), &[]).unwrap_err();
+        assert!(error.to_string().contains("io.bulkhead.vm.memory"), "{error}");
     }
 
     #[test]

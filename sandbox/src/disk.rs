@@ -1,9 +1,10 @@
 //! Devices as the owner of a VMM holds them: with open files, which become numbers only when a request is made.
 
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 
+use bulkhead_protocol::limits::SHARES_TAG;
 use bulkhead_vmm::control::message::{Block, BlockLayout, Device, FDS_MAX, Fd};
 
 /// A disk and the files behind it.
@@ -40,6 +41,10 @@ impl<'a> Descriptors<'a> {
 
     pub(crate) fn add_vsock(&mut self, listener: &'a UnixListener, cid: u32) -> Device {
         Device::Vsock { listener: self.add(listener), cid }
+    }
+
+    pub(crate) fn add_shares(&mut self, server: &'a OwnedFd) -> Device {
+        Device::Fs { server: self.add(server), tag: SHARES_TAG.to_owned() }
     }
 
     pub(crate) fn as_slice(&self) -> &[BorrowedFd<'a>] {

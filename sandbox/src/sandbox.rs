@@ -1,7 +1,8 @@
 //! A machine from its first process to its last.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -19,6 +20,7 @@ use crate::console::Console;
 use crate::control::{Control, ControlError};
 use crate::disk::{Descriptors, Disk};
 use crate::end::{End, Evidence};
+use crate::slots;
 use crate::timing::{BootTimes, Stamp};
 use crate::vmm::{Jail, VmmError, VmmProcess};
 
@@ -31,12 +33,6 @@ pub const DEATH_TIMEOUT: Duration = Duration::from_secs(1);
 const CONSOLE_LINES: usize = 20;
 /// The guest's context id. Each VMM has a device of its own, so all guests may have the same.
 const GUEST_CID: u32 = 3;
-
-const GUEST_IMAGE_SLOT: u8 = 0;
-const VSOCK_SLOT: u8 = 1;
-const RNG_SLOT: u8 = 2;
-const CONSOLE_SLOT: u8 = 3;
-const BALLOON_SLOT: u8 = 4;
 
 /// What a machine is made from.
 #[derive(Debug)]
@@ -55,6 +51,10 @@ pub struct SandboxConfig<'a> {
     pub socket: &'a Path,
     /// Disks besides the guest's image, each with its slot.
     pub disks: &'a [(u8, Disk)],
+    /// The socket to a file server, if the guest shares files of the host.
+    pub shares: Option<&'a OwnedFd>,
+    /// An open `cgroup.procs`, of the group that the machine belongs to.
+    pub cgroup: Option<&'a File>,
 }
 
 /// Why there is no machine.
@@ -154,18 +154,20 @@ impl Sandbox {
 
         let mut descriptors = Descriptors::default();
         let mut devices = vec![
-            (GUEST_IMAGE_SLOT, descriptors.add_disk(&guest_image)),
-            (VSOCK_SLOT, descriptors.add_vsock(&listener, GUEST_CID)),
-            (RNG_SLOT, Device::Rng),
-            (CONSOLE_SLOT, Device::Console),
-            (BALLOON_SLOT, Device::Balloon),
+            (slots::GUEST_IMAGE, descriptors.add_disk(&guest_image)),
+            (slots::VSOCK, descriptors.add_vsock(&listener, GUEST_CID)),
+            (slots::RNG, Device::Rng),
+            (slots::CONSOLE, Device::Console),
+            (slots::BALLOON, Device::Balloon),
         ];
+        devices.extend(config.shares.map(|server| (slots::FS, descriptors.add_shares(server))));
         devices.extend(config.disks.iter().map(|(slot, disk)| (*slot, descriptors.add_disk(disk))));
         let boot = Boot {
             host: Host {
                 kvm: descriptors.add(&kvm),
                 console: descriptors.add(console.file()),
                 status_port: STATUS_PORT,
+                cgroup: config.cgroup.map(|cgroup| descriptors.add(cgroup)),
             },
             memory_mib: config.memory_mib,
             vcpus: 1,
@@ -233,6 +235,17 @@ impl Sandbox {
     pub async fn plug(&self, agent: &Agent, slot: u8, disk: &Disk) -> Result<(), GrowError> {
         let mut descriptors = Descriptors::default();
         let device = descriptors.add_disk(disk);
+        self.control.request(Request::Plug { slot, device }, descriptors.as_slice()).await?;
+        Ok(agent.bind_slot(slot).await?)
+    }
+
+    /// Plugs the fs device, by way of which the guest reaches a file server, into an empty slot and has the guest take it.
+    ///
+    /// # Errors
+    /// When the VMM or the agent refuses.
+    pub async fn plug_shares(&self, agent: &Agent, slot: u8, server: &OwnedFd) -> Result<(), GrowError> {
+        let mut descriptors = Descriptors::default();
+        let device = descriptors.add_shares(server);
         self.control.request(Request::Plug { slot, device }, descriptors.as_slice()).await?;
         Ok(agent.bind_slot(slot).await?)
     }

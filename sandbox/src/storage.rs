@@ -13,11 +13,8 @@ use tokio::process::Command;
 use crate::disk::Disk;
 use crate::image_file::{self, Format, ImageFileError};
 use crate::size::Size;
+use crate::slots::{NoSlot, Slots};
 
-/// Slot of the disk with a container's layers.
-pub const IMAGE_SLOT: u8 = 5;
-/// Slot of a container's scratch disk.
-pub const SCRATCH_SLOT: u8 = 6;
 /// Most layers of an image: the entries of a GPT. Docker's own limit is 127.
 pub const LAYERS_MAX: usize = 128;
 /// Least size of a scratch disk: below it ext4 has no room for itself.
@@ -69,16 +66,20 @@ pub enum StorageError {
         /// What it wrote to its standard error.
         said: String,
     },
+    /// The machine is full.
+    #[error(transparent)]
+    Slot(#[from] NoSlot),
     /// Too small.
     #[error("a scratch disk of {0}: it takes at least {SCRATCH_MIN}")]
     ScratchSize(Size),
 }
 
-/// Plans the root of a container from its layers, the topmost first.
+/// Plans the root of a container from its layers, the topmost first. Slots that it takes and does not need, because it fails, are
+/// given back.
 ///
 /// # Errors
 /// [`StorageError`] when a layer cannot be opened or their number is out of bounds.
-pub fn plan(layers: &[PathBuf], upper: Upper) -> Result<Storage, StorageError> {
+pub fn plan(slots: &mut Slots, layers: &[PathBuf], upper: Upper) -> Result<Storage, StorageError> {
     if !(1..=LAYERS_MAX).contains(&layers.len()) {
         return Err(StorageError::Layers(layers.len()));
     }
@@ -95,27 +96,30 @@ pub fn plan(layers: &[PathBuf], upper: Upper) -> Result<Storage, StorageError> {
     } else {
         (BlockLayout::Partitions, 1..files.len() + 1)
     };
-    let lower = partitions.map(|n| source(IMAGE_SLOT, u32::try_from(n).expect("below LAYERS_MAX"))).collect();
-    let mut disks = vec![(IMAGE_SLOT, Disk { files, layout, read_only: true })];
+    let image = slots.take()?;
+    let lower = partitions.map(|n| source(image, u32::try_from(n).expect("below LAYERS_MAX"))).collect();
+    let mut disks = vec![(image, Disk { files, layout, read_only: true })];
     let upper = match upper {
         Upper::None => None,
         Upper::Tmpfs(size) => Some(rootfs::Upper::TmpfsBytes(size.0)),
         Upper::Scratch(file) => {
-            disks.push((
-                SCRATCH_SLOT,
-                Disk { files: vec![file], layout: BlockLayout::Whole, read_only: false },
-            ));
-            Some(rootfs::Upper::Ext4(source(SCRATCH_SLOT, 0)))
+            let scratch = slots.take().inspect_err(|_| slots.give_back(image))?;
+            disks.push((scratch, Disk { files: vec![file], layout: BlockLayout::Whole, read_only: false }));
+            Some(rootfs::Upper::Ext4(source(scratch, 0)))
         }
     };
     Ok(Storage { disks, rootfs: Rootfs { lower, upper, ..Default::default() } })
 }
 
 /// Plans a root that is one disk with an ext4, which the container writes to.
-pub fn plan_ext4(disk: File) -> Storage {
+///
+/// # Errors
+/// [`StorageError::Slot`].
+pub fn plan_ext4(slots: &mut Slots, disk: File) -> Result<Storage, StorageError> {
     let disk = Disk { files: vec![disk], layout: BlockLayout::Whole, read_only: false };
-    let upper = Some(rootfs::Upper::Ext4(source(SCRATCH_SLOT, 0)));
-    Storage { disks: vec![(SCRATCH_SLOT, disk)], rootfs: Rootfs { upper, ..Default::default() } }
+    let slot = slots.take()?;
+    let upper = Some(rootfs::Upper::Ext4(source(slot, 0)));
+    Ok(Storage { disks: vec![(slot, disk)], rootfs: Rootfs { upper, ..Default::default() } })
 }
 
 fn source(slot: u8, partition: u32) -> BlockSource {
@@ -172,9 +176,10 @@ mod tests {
     fn several_layers_become_partitions_in_their_order() {
         let dir = tempfile::tempdir().unwrap();
         let layers = [layer(dir.path(), "top"), layer(dir.path(), "bottom")];
-        let storage = plan(&layers, Upper::Tmpfs(Size(1 << 20))).unwrap();
+        let storage = plan(&mut Slots::default(), &layers, Upper::Tmpfs(Size(1 << 20))).unwrap();
         let [(slot, disk)] = &storage.disks[..] else { panic!("one disk") };
-        assert_eq!((*slot, disk.files.len(), disk.layout), (IMAGE_SLOT, 2, BlockLayout::Partitions));
+        assert_eq!((disk.files.len(), disk.layout), (2, BlockLayout::Partitions));
+        assert!(storage.rootfs.lower.iter().all(|source| source.slot == u32::from(*slot)));
         assert!(disk.read_only);
         let partitions: Vec<u32> = storage.rootfs.lower.iter().map(|source| source.partition).collect();
         assert_eq!(partitions, [1, 2]);
@@ -184,7 +189,7 @@ mod tests {
     #[test]
     fn one_layer_is_the_whole_disk() {
         let dir = tempfile::tempdir().unwrap();
-        let storage = plan(&[layer(dir.path(), "only")], Upper::None).unwrap();
+        let storage = plan(&mut Slots::default(), &[layer(dir.path(), "only")], Upper::None).unwrap();
         assert_eq!(storage.disks[0].1.layout, BlockLayout::Whole);
         assert_eq!(storage.rootfs.lower[0].partition, 0);
         assert!(storage.rootfs.upper.is_none());
@@ -192,17 +197,20 @@ mod tests {
 
     #[test]
     fn an_ext4_is_a_root_without_layers() {
-        let storage = plan_ext4(tempfile::tempfile().unwrap());
+        let storage = plan_ext4(&mut Slots::default(), tempfile::tempfile().unwrap()).unwrap();
         assert!(storage.rootfs.lower.is_empty() && !storage.disks[0].1.read_only);
         assert_eq!(storage.rootfs.ext4().slot, u32::from(storage.disks[0].0));
     }
 
     #[test]
     fn too_many_layers_none_and_a_missing_one_are_refused() {
-        assert!(matches!(plan(&[], Upper::None), Err(StorageError::Layers(0))));
+        assert!(matches!(plan(&mut Slots::default(), &[], Upper::None), Err(StorageError::Layers(0))));
         let many = vec![PathBuf::from("x"); LAYERS_MAX + 1];
-        assert!(matches!(plan(&many, Upper::None), Err(StorageError::Layers(_))));
-        assert!(matches!(plan(&["/nonexistent".into()], Upper::None), Err(StorageError::Layer(_))));
+        assert!(matches!(plan(&mut Slots::default(), &many, Upper::None), Err(StorageError::Layers(_))));
+        assert!(matches!(
+            plan(&mut Slots::default(), &["/nonexistent".into()], Upper::None),
+            Err(StorageError::Layer(_))
+        ));
     }
 
     #[test]
@@ -221,9 +229,10 @@ mod tests {
         let file = make_scratch(&path, Size(64 << 20)).await.unwrap();
         assert_eq!(image_file::open(&path).unwrap().1, Format::Ext4);
         assert!(file.metadata().unwrap().blocks() * 512 < 8 << 20);
-        let storage = plan(&[layer(dir.path(), "only")], Upper::Scratch(file)).unwrap();
-        assert_eq!(storage.disks[1].0, SCRATCH_SLOT);
-        assert_eq!(storage.rootfs.ext4().slot, u32::from(SCRATCH_SLOT));
+        let storage =
+            plan(&mut Slots::default(), &[layer(dir.path(), "only")], Upper::Scratch(file)).unwrap();
+        assert_ne!(storage.disks[1].0, storage.disks[0].0);
+        assert_eq!(storage.rootfs.ext4().slot, u32::from(storage.disks[1].0));
         assert!(matches!(make_scratch(&path, Size(1)).await, Err(StorageError::ScratchSize(_))));
         assert!(matches!(make_scratch(&path, SCRATCH_MIN).await, Err(StorageError::Scratch(..))));
     }

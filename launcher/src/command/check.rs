@@ -11,6 +11,7 @@ use std::process::Command;
 
 use bulkhead_sandbox::artifacts::Artifacts;
 use bulkhead_sandbox::config::Config;
+use bulkhead_sandbox::paths::Paths;
 use bulkhead_sandbox::size::Size;
 use bulkhead_vmm::probe;
 use kvm_ioctls::Kvm;
@@ -21,7 +22,6 @@ use serde::Serialize;
 use crate::cli::CheckArgs;
 use crate::failure::Failure;
 use crate::message;
-use crate::paths::Paths;
 
 /// `CGROUP2_SUPER_MAGIC` of linux/magic.h.
 const CGROUP2_MAGIC: i64 = 0x6367_7270;
@@ -293,8 +293,12 @@ mod tests {
     #[test]
     fn missing_artifacts_are_failures_that_name_them() {
         let at = |name| PathBuf::from("/nonexistent").join(name);
-        let artifacts =
-            Artifacts { vmm: at("bulkhead-vmm"), kernel: at("vmlinux"), guest_image: at("guest.erofs") };
+        let artifacts = Artifacts {
+            vmm: at("bulkhead-vmm"),
+            file_server: at("bulkhead-fs"),
+            kernel: at("vmlinux"),
+            guest_image: at("guest.erofs"),
+        };
         let lines = artifact_lines(&artifacts);
         assert!(
             lines.iter().all(|line| line.status == Status::Failure && line.found.contains("/nonexistent"))

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use bulkhead_sandbox::agent::{Agent, AgentError, ProcessId};
+use bulkhead_sandbox::paths::Paths;
 use bulkhead_sandbox::watch::watch;
 use rustix::io::Errno;
 use rustix::process::{Signal, pidfd_send_signal};
@@ -16,7 +17,6 @@ use crate::cli::{KillArgs, RmArgs, StopArgs};
 use crate::container::registry::{Container, Registry, State};
 use crate::failure::Failure;
 use crate::message;
-use crate::paths::Paths;
 use crate::{runtime, signal};
 
 const SIGKILL: u32 = 9;

@@ -2,13 +2,13 @@
 
 use bulkhead_sandbox::agent::messages::ExecProcessRequest;
 use bulkhead_sandbox::agent::{Agent, AgentError, ProcessId};
+use bulkhead_sandbox::paths::Paths;
 
 use crate::cli::ExecArgs;
 use crate::container::name;
 use crate::container::registry::{Container, Registry, State};
 use crate::failure::Failure;
 use crate::message;
-use crate::paths::Paths;
 use crate::process::attach::{Attached, Input, Output, Plan, Tail};
 use crate::process::attend::{Attended, attend, exit_code};
 use crate::process::signals::Signals;

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use bulkhead_rootfs_builder::oci::Source;
 use bulkhead_rootfs_builder::store::{Image, Phase, Store};
+use bulkhead_sandbox::paths::Paths;
 use bulkhead_sandbox::size::Size;
 use rustix::process::{Resource, Rlimit, setrlimit};
 
@@ -11,7 +12,6 @@ use super::table::table;
 use crate::cli::ImageCommand;
 use crate::failure::Failure;
 use crate::message;
-use crate::paths::Paths;
 use crate::progress::Progress;
 
 /// Memory for an import from a registry, in bytes: many times what one takes.

@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::stream::Stream;
+use bulkhead_sandbox::paths::Paths;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::inotify;
 use rustix::io::Errno;
@@ -15,7 +16,6 @@ use crate::cli::LogsArgs;
 use crate::container::registry::Registry;
 use crate::failure::Failure;
 use crate::log::{CURRENT, PREVIOUS, parse};
-use crate::paths::Paths;
 
 /// Shows a container's log, and with `-f` what is added to it until the container ends.
 pub(crate) fn logs(args: &LogsArgs) -> Result<u8, Failure> {

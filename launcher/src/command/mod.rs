@@ -1,6 +1,7 @@
 //! Every command but `run`.
 
 pub(crate) mod check;
+pub(crate) mod config;
 pub(crate) mod end;
 pub(crate) mod exec;
 pub(crate) mod image;

@@ -1,5 +1,6 @@
 //! `ps`: lists containers.
 
+use bulkhead_sandbox::paths::Paths;
 use serde::Serialize;
 
 use super::table::{ago, shortened, table};
@@ -8,7 +9,6 @@ use crate::container::record::{Outcome, now_ns};
 use crate::container::registry::{Container, Registry, State};
 use crate::failure::Failure;
 use crate::message;
-use crate::paths::Paths;
 
 /// One container for programs.
 #[derive(Serialize)]

@@ -1,21 +1,20 @@
 //! All containers. Each has a data directory, and while it runs a run directory whose lock its launcher holds: a run
 //! directory that nobody has locked belongs to a launcher that was killed.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use bulkhead_sandbox::paths::{Paths, private_directory};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, geteuid, getpid, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, getpid, pidfd_open};
 
 use super::name;
 use super::record::{self, Outcome, RECORD_FILE, RUNNING_FILE, Record, Running};
 use crate::failure::Failure;
 use crate::message;
-use crate::paths::Paths;
 
 /// Name of the lock in a run directory, and of the one for the whole registry.
 const LOCK_FILE: &str = ".lock";
@@ -306,24 +305,6 @@ fn remove_disks(data: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Makes a directory, and those above it, that only its owner may enter. One that is there already and in which somebody else
-/// could change things is refused.
-pub(crate) fn private_directory(path: &Path) -> Result<(), Failure> {
-    let made = DirBuilder::new().mode(0o700).recursive(true).create(path);
-    made.map_err(|e| Failure::from(e).context(&format!("cannot make the directory {}", path.display())))?;
-    let found = fs::metadata(path)
-        .map_err(|e| Failure::from(e).context(&format!("cannot examine the directory {}", path.display())))?;
-    let (owner, mode, own) = (found.uid(), found.mode() & 0o7777, geteuid().as_raw());
-    if owner == own && mode & 0o022 == 0 {
-        return Ok(());
-    }
-    Err(Failure::new(format!(
-        "{} belongs to uid {owner} with mode {mode:04o}, but what is kept there needs a directory of uid {own} that nobody \
-         else can write to: `chown {own}` and `chmod 700` it, or name another with BULKHEAD_ROOT or BULKHEAD_RUN",
-        path.display()
-    )))
-}
-
 fn remove_directory(path: &Path) -> Result<(), Failure> {
     match fs::remove_dir_all(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => {
@@ -402,8 +383,6 @@ pub(crate) fn new_record(wanted_name: Option<&str>) -> Result<Record, Failure> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
     use super::*;
 
     fn registry() -> (tempfile::TempDir, Registry) {
@@ -506,29 +485,6 @@ mod tests {
         for directory in &others {
             assert!(directory.join("file").exists(), "{}", directory.display());
         }
-    }
-
-    #[test]
-    fn a_directory_that_others_can_write_to_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let set = |mode| fs::set_permissions(dir.path(), fs::Permissions::from_mode(mode)).unwrap();
-        for mode in [0o1777, 0o775, 0o702] {
-            set(mode);
-            let error = private_directory(dir.path()).unwrap_err();
-            assert!(error.to_string().contains("chmod 700"), "{error}");
-        }
-        for mode in [0o755, 0o700] {
-            set(mode);
-            private_directory(dir.path()).unwrap();
-        }
-        // Of somebody else.
-        let other = if geteuid().is_root() {
-            std::os::unix::fs::chown(dir.path(), Some(1), None).unwrap();
-            dir.path()
-        } else {
-            Path::new("/")
-        };
-        assert!(private_directory(other).is_err());
     }
 
     #[test]

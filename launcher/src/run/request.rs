@@ -6,6 +6,7 @@ use std::thread::available_parallelism;
 use bulkhead_protocol::limits::HOSTNAME_MAX;
 use bulkhead_sandbox::artifacts::Artifacts;
 use bulkhead_sandbox::config::{Config, Defaults, Uids};
+use bulkhead_sandbox::paths::Paths;
 use bulkhead_sandbox::size::Size;
 use bulkhead_sandbox::storage::SCRATCH_MIN;
 use bulkhead_vmm::arch::layout::VCPUS_MAX;
@@ -18,7 +19,6 @@ use crate::container::record::Record;
 use crate::container::registry::new_record;
 use crate::failure::Failure;
 use crate::message;
-use crate::paths::Paths;
 use crate::spec::build::{ImageDefaults, process, spec};
 use crate::spec::bundle::Bundle;
 

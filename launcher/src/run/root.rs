@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 use bulkhead_rootfs_builder::directory;
 use bulkhead_rootfs_builder::store::Store;
 use bulkhead_sandbox::image_file::{self, Format};
+use bulkhead_sandbox::paths::Paths;
 use bulkhead_sandbox::size::Size;
+use bulkhead_sandbox::slots::Slots;
 use bulkhead_sandbox::storage::{Storage, Upper, make_scratch, plan, plan_ext4};
 use rustix::fs::statvfs;
 
 use crate::container::registry::Claim;
 use crate::failure::Failure;
-use crate::paths::Paths;
 use crate::progress::Progress;
 use crate::spec::build::ImageDefaults;
 
@@ -55,6 +56,7 @@ impl Root {
         scratch: Option<Size>,
         memory: Size,
     ) -> Result<Storage, Failure> {
+        let mut slots = Slots::default();
         let layers = match self {
             Self::Layers(layers) => layers.clone(),
             Self::Directory(directory) => vec![pack(directory, claim).await?],
@@ -65,14 +67,17 @@ impl Root {
                     fs::copy(&image, &copy)?;
                     File::options().read(true).write(true).open(&copy)
                 });
-                return Ok(plan_ext4(copied.await?.map_err(|e| Failure::from(e).context(&context))?));
+                return Ok(plan_ext4(
+                    &mut slots,
+                    copied.await?.map_err(|e| Failure::from(e).context(&context))?,
+                )?);
             }
         };
         let upper = match scratch {
             Some(size) => Upper::Scratch(make_scratch(&claim.scratch(), size).await?),
             None => Upper::Tmpfs(memory),
         };
-        Ok(plan(&layers, upper)?)
+        Ok(plan(&mut slots, &layers, upper)?)
     }
 }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use bulkhead_sandbox::agent::messages::CreateContainerRequest;
 use bulkhead_sandbox::agent::{Agent, AgentError, Code, ProcessId};
+use bulkhead_sandbox::process::Place;
 use bulkhead_sandbox::sandbox::{DEATH_TIMEOUT, Sandbox, SandboxConfig, console_text};
 use bulkhead_sandbox::size::Size;
 use bulkhead_sandbox::storage::Storage;
@@ -18,7 +19,7 @@ use super::detach;
 use super::request::Request;
 use super::timings::Timings;
 use crate::container::record::{Outcome, now_ns};
-use crate::container::registry::{Claim, Registry, private_directory};
+use crate::container::registry::{Claim, Registry};
 use crate::failure::{EXIT_FAILURE, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, Failure};
 use crate::log::LogWriter;
 use crate::message;
@@ -147,16 +148,17 @@ async fn boot(request: &Request, claim: &Claim) -> Result<(Sandbox, Storage), Fa
     } else {
         None
     };
-    let (empty, socket) = (request.paths.empty(), claim.socket());
-    private_directory(&empty)?;
+    let (empty, socket) = (request.paths.empty()?, claim.socket());
     let config = SandboxConfig {
         artifacts: &request.artifacts,
         kvm: &request.kvm,
         memory_mib: request.machine.memory_mib,
         cpus: request.machine.cpus,
-        jail: Jail { uid: lease.as_ref(), root: &empty },
+        jail: Jail { uid: lease.as_ref(), root: &empty, network: Place::Owners },
         socket: &socket,
         disks: &storage.disks,
+        shares: None,
+        cgroup: None,
     };
     let sandbox = progress::during("starting the virtual machine", Sandbox::boot(&config)).await?;
     Ok((sandbox, storage))

@@ -3,9 +3,11 @@
 use bulkhead_sandbox::artifacts::Artifacts;
 use bulkhead_sandbox::config::Uids;
 use bulkhead_sandbox::disk::Disk;
+use bulkhead_sandbox::process::Place;
 use bulkhead_sandbox::sandbox::{Sandbox, SandboxConfig};
 use bulkhead_sandbox::size::Size;
-use bulkhead_sandbox::storage::{self, SCRATCH_SLOT, Upper, make_scratch};
+use bulkhead_sandbox::slots::Slots;
+use bulkhead_sandbox::storage::{self, Upper, make_scratch};
 use bulkhead_sandbox::uid::UidLease;
 use bulkhead_sandbox::vmm::Jail;
 use bulkhead_tests::bulkhead::layers;
@@ -68,6 +70,7 @@ fn sandbox() -> Result {
     let lease = UidLease::take(Uids::default(), &at("uids"))?;
     let artifacts = Artifacts {
         vmm: artifact("libexec/bulkhead/bulkhead-vmm"),
+        file_server: artifact("libexec/bulkhead/bulkhead-fs"),
         kernel: artifact("share/bulkhead/vmlinux"),
         guest_image: artifact("share/bulkhead/guest.erofs"),
     };
@@ -76,23 +79,25 @@ fn sandbox() -> Result {
         kvm: "/dev/kvm".as_ref(),
         memory_mib: 256,
         cpus: 1,
-        jail: Jail { uid: Some(&lease), root: &at("empty") },
+        jail: Jail { uid: Some(&lease), root: &at("empty"), network: Place::Owners },
         socket: &at("vsock"),
         disks: &[],
+        shares: None,
+        cgroup: None,
     };
     let layers = layers("busybox")?;
     block_on(async {
         let sandbox = Sandbox::boot(&config).await?;
         let agent = sandbox.agent().await?;
         let upper = Upper::Scratch(make_scratch(&at("scratch"), Size(64 << 20)).await?);
-        let storage = storage::plan(&layers, upper)?;
+        let storage = storage::plan(&mut Slots::default(), &layers, upper)?;
         for (slot, disk) in &storage.disks {
             sandbox.plug(&agent, *slot, disk).await?;
         }
         let script = "echo written >/file; cat /file; read line";
         let mut container = Container::start(&agent, sandbox.socket(), &storage.rootfs, script).await?;
         container.says("written\n").await?;
-        let refusal = sandbox.unplug(&agent, SCRATCH_SLOT).await.err().map(|error| error.to_string());
+        let refusal = sandbox.unplug(&agent, storage.disks[1].0).await.err().map(|error| error.to_string());
         ensure(refusal.as_ref().is_some_and(|text| text.contains("in use")), || format!("{refusal:?}"))?;
         for _ in 0..2 {
             sandbox.plug(&agent, SLOT, &scratch()?).await?;

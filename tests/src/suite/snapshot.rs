@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use bulkhead_sandbox::agent::Agent;
 use bulkhead_sandbox::size::Size;
+use bulkhead_sandbox::slots::Slots;
 use bulkhead_sandbox::storage::{self, Upper};
 use bulkhead_tests::bulkhead::layers;
 use bulkhead_tests::container::Container;
@@ -57,7 +58,7 @@ fn containers() -> Result {
     let plan = Plan::default();
     let (original, file) = saved(&plan)?;
     drop(original);
-    let storage = storage::plan(&layers("busybox")?, Upper::Tmpfs(Size(32 << 20)))?;
+    let storage = storage::plan(&mut Slots::default(), &layers("busybox")?, Upper::Tmpfs(Size(32 << 20)))?;
     let mut clones = [Vm::restore(&plan, &file)?, Vm::restore(&plan, &file)?];
     for vm in &mut clones {
         for (slot, disk) in &storage.disks {

@@ -1,0 +1,230 @@
+//! The host's cgroup of a sandbox (cgroup v2): what its VMM and its file server together may take.
+//!
+//! A container's own limits are enforced in the guest. The group bounds the machine as a whole, and has the shares and the CPUs of the
+//! host that the container was given.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::path::{Component, Path, PathBuf};
+
+use oci_spec::runtime::{LinuxCpu, Spec};
+
+use crate::sizing::MachineSize;
+
+/// Where the unified hierarchy is mounted.
+const ROOT: &str = "/sys/fs/cgroup";
+/// Controllers that a sandbox's group uses.
+const CONTROLLERS: [&str; 3] = ["cpu", "cpuset", "memory"];
+/// What VMM and file server need besides the guest's memory, in MiB: their own memory, what the file server knows of files, and the
+/// kernel's tables for the guest's memory, of which a 256th is for each page.
+const OVERHEAD_MIB: u64 = 64;
+
+/// Why there is no cgroup.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    /// A path that leaves the hierarchy.
+    #[error("the cgroup path {0:?} is not valid")]
+    Path(String),
+    /// The host has no unified hierarchy.
+    #[error("this host has no cgroup v2 at {ROOT}: boot it with the unified hierarchy")]
+    NotUnified,
+    /// The group cannot be made.
+    #[error("cannot make the cgroup {0}")]
+    Create(PathBuf, #[source] io::Error),
+    /// A limit cannot be set.
+    #[error("cannot write {value:?} to {file}")]
+    Write {
+        /// Where.
+        file: PathBuf,
+        /// What.
+        value: String,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// The group of a sandbox.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SandboxCgroup {
+    directory: PathBuf,
+}
+
+impl SandboxCgroup {
+    /// The group that a configuration's `cgroupsPath` names, whether it exists or not.
+    ///
+    /// # Errors
+    /// [`CgroupError::Path`].
+    pub fn of(cgroups_path: &str) -> Result<Self, CgroupError> {
+        let invalid = || CgroupError::Path(cgroups_path.chars().take(256).collect());
+        let relative =
+            systemd(cgroups_path).unwrap_or_else(|| PathBuf::from(cgroups_path.trim_start_matches('/')));
+        let mut parts = relative.components().peekable();
+        if parts.peek().is_none() || !parts.all(|part| matches!(part, Component::Normal(_))) {
+            return Err(invalid());
+        }
+        Ok(Self { directory: Path::new(ROOT).join(relative) })
+    }
+
+    /// Makes the group, and those above it, with limits for a machine of this size. `spec` is that of the first container.
+    ///
+    /// # Errors
+    /// [`CgroupError`]; of what was made, nothing is left that was not there.
+    pub fn create(&self, size: MachineSize, spec: &Spec) -> Result<(), CgroupError> {
+        if !Path::new(ROOT).join("cgroup.controllers").exists() {
+            return Err(CgroupError::NotUnified);
+        }
+        let create = |e| CgroupError::Create(self.directory.clone(), e);
+        if let Some(parent) = self.directory.parent() {
+            fs::create_dir_all(parent).map_err(create)?;
+            enable(parent);
+        }
+        match fs::create_dir(&self.directory) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(create(e)),
+            Ok(()) | Err(_) => {}
+        }
+        let limited = self.limit(size, spec);
+        if limited.is_err() {
+            self.remove();
+        }
+        limited
+    }
+
+    fn limit(&self, size: MachineSize, spec: &Spec) -> Result<(), CgroupError> {
+        let mib = u64::from(size.memory_mib);
+        self.write("memory.max", &((mib + mib / 256 + OVERHEAD_MIB) << 20).to_string())?;
+        let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        resources.and_then(|resources| resources.cpu().as_ref()).map_or(Ok(()), |cpu| self.place(cpu))
+    }
+
+    /// Gives the group the shares and the CPUs of a container.
+    ///
+    /// # Errors
+    /// [`CgroupError::Write`] when the kernel refuses, for one because the host has no such CPU.
+    pub fn place(&self, cpu: &LinuxCpu) -> Result<(), CgroupError> {
+        if let Some(shares) = cpu.shares().filter(|shares| *shares > 0) {
+            self.write("cpu.weight", &weight(shares).to_string())?;
+        }
+        for (file, list) in [("cpuset.cpus", cpu.cpus()), ("cpuset.mems", cpu.mems())] {
+            if let Some(list) = list.as_deref().filter(|list| !list.is_empty()) {
+                self.write(file, list)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The file by which processes come into the group: whoever writes `0` to it does.
+    ///
+    /// # Errors
+    /// When the group does not exist.
+    pub fn entrance(&self) -> io::Result<File> {
+        OpenOptions::new().write(true).open(self.directory.join("cgroup.procs"))
+    }
+
+    /// Processes in the group that were killed because it had no memory left.
+    pub fn oom_kills(&self) -> u64 {
+        let events = fs::read_to_string(self.directory.join("memory.events")).unwrap_or_default();
+        let kills = events.lines().find_map(|line| line.strip_prefix("oom_kill "));
+        kills.and_then(|kills| kills.trim().parse().ok()).unwrap_or(0)
+    }
+
+    /// Kills what is in the group. A group that does not exist has nothing in it.
+    pub fn kill(&self) {
+        let _ = fs::write(self.directory.join("cgroup.kill"), "1");
+    }
+
+    /// Removes the group; false when processes are left in it. One that does not exist is fine.
+    pub fn remove(&self) -> bool {
+        match fs::remove_dir(&self.directory) {
+            Ok(()) => true,
+            Err(e) => e.kind() == io::ErrorKind::NotFound,
+        }
+    }
+
+    fn write(&self, file: &str, value: &str) -> Result<(), CgroupError> {
+        let file = self.directory.join(file);
+        fs::write(&file, value).map_err(|source| CgroupError::Write { file, value: value.into(), source })
+    }
+}
+
+/// Has every group from the root down to `directory` hand the controllers on. One that cannot, because it has processes or its own
+/// parent has not got them, shows when a limit is written.
+fn enable(directory: &Path) {
+    let relative = directory.strip_prefix(ROOT).unwrap_or(Path::new(""));
+    let mut group = PathBuf::from(ROOT);
+    for part in std::iter::once(Component::CurDir).chain(relative.components()) {
+        group.push(part);
+        let control = group.join("cgroup.subtree_control");
+        let enabled = fs::read_to_string(&control).unwrap_or_default();
+        for controller in CONTROLLERS {
+            if !enabled.split_ascii_whitespace().any(|name| name == controller) {
+                let _ = fs::write(&control, format!("+{controller}"));
+            }
+        }
+    }
+}
+
+/// The path that systemd gives to the scope `slice:prefix:name`: a slice's name tells those above it.
+fn systemd(path: &str) -> Option<PathBuf> {
+    let mut parts = path.split(':');
+    let (slice, prefix, name) = (parts.next()?, parts.next()?, parts.next()?);
+    if parts.next().is_some() || path.starts_with('/') {
+        return None;
+    }
+    let slice = if slice.is_empty() { "system.slice" } else { slice };
+    let mut directory = PathBuf::new();
+    let stem = slice.strip_suffix(".slice").unwrap_or(slice);
+    if stem != "-" {
+        let mut grown = String::new();
+        for part in stem.split('-') {
+            if !grown.is_empty() {
+                grown.push('-');
+            }
+            grown.push_str(part);
+            directory.push(format!("{grown}.slice"));
+        }
+    }
+    directory.push(if prefix.is_empty() {
+        format!("{name}.scope")
+    } else {
+        format!("{prefix}-{name}.scope")
+    });
+    Some(directory)
+}
+
+/// The OCI specification's shares, 2 to 262144, as cgroup v2's weight, 1 to 10000: the formula of its conversion from v1.
+fn weight(shares: u64) -> u64 {
+    1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_names_a_group_below_the_root_and_nothing_else() {
+        let at = |path: &str| SandboxCgroup::of(path).map(|group| group.directory.display().to_string());
+        assert_eq!(at("/default/a").unwrap(), "/sys/fs/cgroup/default/a");
+        assert_eq!(at("kube/b").unwrap(), "/sys/fs/cgroup/kube/b");
+        for bad in ["", "/", "/../etc", "a/../../b"] {
+            assert!(at(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn systemds_names_become_its_directories() {
+        let at = |path: &str| SandboxCgroup::of(path).unwrap().directory.display().to_string();
+        assert_eq!(
+            at("kubepods-burstable-pod1.slice:cri-containerd:x"),
+            "/sys/fs/cgroup/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-containerd-x.scope"
+        );
+        assert_eq!(at(":docker:x"), "/sys/fs/cgroup/system.slice/docker-x.scope");
+        assert_eq!(at("-.slice::x"), "/sys/fs/cgroup/x.scope");
+        assert!(SandboxCgroup::of("a.slice:p:../../x").is_err());
+    }
+
+    #[test]
+    fn shares_become_weights_from_end_to_end() {
+        assert_eq!([2, 1024, 262_144].map(weight), [1, 39, 10_000]);
+        assert_eq!(weight(u64::MAX), 10_000);
+    }
+}

@@ -1,0 +1,527 @@
+//! A machine with the containers of a pod, or with a single one: from what containerd hands over to containers that can be started.
+//!
+//! Nothing here holds a lock while it waits for the guest. Dropped, the machine and its file server are gone; so is what was half made
+//! when a future of this module is dropped before it is done.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bulkhead_fs::control::ShareKind;
+use bulkhead_protocol::agent::{CreateContainerRequest, Rootfs, SharedNamespace, Stdio};
+use oci_spec::runtime::Spec;
+use rustix::process::geteuid;
+use tokio::sync::OnceCell;
+use tokio::task::JoinHandle;
+use ttrpc::Code;
+
+use crate::agent::{Agent, AgentError};
+use crate::artifacts::Artifacts;
+use crate::cgroup::{CgroupError, SandboxCgroup};
+use crate::config::Config;
+use crate::end::End;
+use crate::file_server::{FileServer, FileServerError};
+use crate::handover::{self, Bind, HandoverError, Root, RootfsMount};
+use crate::oci::Network;
+use crate::paths::{PathError, Paths};
+use crate::process::Place;
+use crate::sandbox::{GrowError, Sandbox, SandboxConfig, SandboxError};
+use crate::size::Size;
+use crate::sizing::MachineSize;
+use crate::slots::{self, Slots};
+use crate::storage::{self, Storage, StorageError, Upper};
+use crate::timing::BootTimes;
+use crate::uid::{UidError, UidLease};
+use crate::vmm::Jail;
+
+/// What a machine is made from.
+#[derive(Debug)]
+pub struct PodConfig<'a> {
+    /// The configuration of this host.
+    pub config: &'a Config,
+    /// VMM, file server, kernel and guest image.
+    pub artifacts: &'a Artifacts,
+    /// Where this host keeps what is Bulkhead's.
+    pub paths: &'a Paths,
+    /// A directory to which nobody else has access: sockets are made there.
+    pub directory: &'a Path,
+    /// How large it is.
+    pub size: MachineSize,
+    /// The network namespace of its VMM.
+    pub network: Network,
+    /// `linux.cgroupsPath` of its first container.
+    pub cgroup: Option<&'a str>,
+}
+
+/// A container to be made.
+#[derive(Debug)]
+pub struct NewContainer<'a> {
+    /// Its name, an id.
+    pub id: &'a str,
+    /// Its configuration.
+    pub spec: Spec,
+    /// Its bundle.
+    pub bundle: &'a Path,
+    /// The mounts of its root; without any, `root.path` of the configuration is its root.
+    pub rootfs: &'a [RootfsMount],
+    /// Its standard streams.
+    pub stdio: Stdio,
+    /// The first container of the pod, if this is another one.
+    pub sandbox: Option<&'a str>,
+}
+
+/// Why there is no pod or no container.
+#[derive(Debug, thiserror::Error)]
+pub enum PodError {
+    /// What is asked for cannot be had.
+    #[error(transparent)]
+    Handover(#[from] HandoverError),
+    /// The disks cannot be had.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// The files cannot be served.
+    #[error(transparent)]
+    FileServer(#[from] FileServerError),
+    /// No place for sockets.
+    #[error(transparent)]
+    Path(#[from] PathError),
+    /// No uid for the VMM.
+    #[error(transparent)]
+    Uid(#[from] UidError),
+    /// No cgroup.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The cgroup cannot be entered.
+    #[error("cannot open the sandbox's cgroup")]
+    Entrance(#[source] io::Error),
+    /// The network namespace cannot be opened.
+    #[error("cannot open the network namespace {0}")]
+    Network(PathBuf, #[source] io::Error),
+    /// The machine does not start.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    /// The machine does not take a device.
+    #[error(transparent)]
+    Grow(#[from] GrowError),
+    /// The agent refuses, or cannot be reached.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// A configuration that cannot be written.
+    #[error("cannot encode the container's configuration")]
+    Encode(#[from] serde_json::Error),
+    /// What prepares the container has panicked.
+    #[error("cannot prepare the container's root")]
+    Prepare(#[from] tokio::task::JoinError),
+}
+
+/// Whose doing an error is, in the terms of gRPC.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// What was asked for can never be had.
+    InvalidArgument,
+    /// The program does not exist.
+    NotFound,
+    /// The program cannot be executed.
+    PermissionDenied,
+    /// Not in this state.
+    FailedPrecondition,
+    /// The id is taken.
+    AlreadyExists,
+    /// There are as many as there may be.
+    ResourceExhausted,
+    /// The guest did not answer in time.
+    DeadlineExceeded,
+    /// The machine is gone.
+    Unavailable,
+    /// Anything else.
+    Internal,
+}
+
+impl AgentError {
+    /// Whose doing it is.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Timeout(_) => ErrorKind::DeadlineExceeded,
+            Self::Connect(_) | Self::Lost(_) => ErrorKind::Unavailable,
+            Self::Refused { code, .. } => match code {
+                Code::INVALID_ARGUMENT => ErrorKind::InvalidArgument,
+                Code::NOT_FOUND => ErrorKind::NotFound,
+                Code::PERMISSION_DENIED => ErrorKind::PermissionDenied,
+                Code::FAILED_PRECONDITION => ErrorKind::FailedPrecondition,
+                Code::ALREADY_EXISTS => ErrorKind::AlreadyExists,
+                Code::RESOURCE_EXHAUSTED => ErrorKind::ResourceExhausted,
+                Code::DEADLINE_EXCEEDED => ErrorKind::DeadlineExceeded,
+                _ => ErrorKind::Internal,
+            },
+            Self::Random(_) | Self::Version(_) => ErrorKind::Internal,
+        }
+    }
+}
+
+impl PodError {
+    /// Whose doing it is.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Handover(HandoverError::Share(_)) | Self::Network(..) => ErrorKind::NotFound,
+            Self::Handover(_)
+            | Self::Cgroup(CgroupError::Path(_))
+            | Self::Storage(StorageError::Layers(_) | StorageError::Format(_)) => ErrorKind::InvalidArgument,
+            Self::Storage(StorageError::Slot(_)) => ErrorKind::ResourceExhausted,
+            Self::Agent(error) | Self::Grow(GrowError::Agent(error)) => error.kind(),
+            Self::Grow(GrowError::Vmm(_)) => ErrorKind::Unavailable,
+            Self::FileServer(FileServerError::Timeout) => ErrorKind::DeadlineExceeded,
+            _ => ErrorKind::Internal,
+        }
+    }
+}
+
+/// What a container has of its machine's, to be given back.
+#[derive(Debug, Default)]
+struct Holdings {
+    slots: Vec<u8>,
+    shares: Vec<String>,
+}
+
+/// A machine for the containers of one pod.
+#[derive(Debug)]
+pub struct Pod {
+    sandbox: Sandbox,
+    agent: Agent,
+    size: MachineSize,
+    /// Starts with the first share.
+    file_server: OnceCell<FileServer>,
+    file_server_program: PathBuf,
+    empty: PathBuf,
+    cgroup: Option<SandboxCgroup>,
+    slots: Mutex<Slots>,
+    containers: Mutex<HashMap<String, Holdings>>,
+    cpus: Mutex<Option<JoinHandle<()>>>,
+    _uid: Option<UidLease>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Pod {
+    /// Boots a machine and makes its first container in it, up to the point where it can be started. Call this from a thread that lives as
+    /// long as the machine.
+    ///
+    /// # Errors
+    /// [`PodError`]; nothing is left of what was made, but for a cgroup in which the VMM is still ending.
+    pub async fn start(config: PodConfig<'_>, first: NewContainer<'_>) -> Result<Arc<Self>, PodError> {
+        let size = config.size;
+        let cgroup = config.cgroup.filter(|_| geteuid().is_root()).map(SandboxCgroup::of).transpose()?;
+        if let Some(cgroup) = &cgroup {
+            cgroup.create(size, &first.spec)?;
+        }
+        let started = Self::start_in(&config, first, cgroup.clone()).await;
+        if let (Err(_), Some(cgroup)) = (&started, &cgroup) {
+            cgroup.remove();
+        }
+        started
+    }
+
+    async fn start_in(
+        config: &PodConfig<'_>,
+        first: NewContainer<'_>,
+        cgroup: Option<SandboxCgroup>,
+    ) -> Result<Arc<Self>, PodError> {
+        let size = config.size;
+        let mut slots = Slots::default();
+        let plan = Plan::new(Prepared::make(&first, size).await?, first.id, &mut slots, size)?;
+
+        let empty = config.paths.empty()?;
+        let entrance =
+            cgroup.as_ref().map(SandboxCgroup::entrance).transpose().map_err(PodError::Entrance)?;
+        let uid = if geteuid().is_root() {
+            Some(UidLease::take(config.config.uids, &config.paths.uid_locks())?)
+        } else {
+            None
+        };
+        let network = match &config.network {
+            Network::New => Place::New,
+            Network::Path(path) => {
+                Place::Namespace(File::open(path).map_err(|e| PodError::Network(path.clone(), e))?)
+            }
+        };
+        let network = if geteuid().is_root() { network } else { Place::Owners };
+        let socket = config.directory.join("vsock");
+        let file_server = if plan.shares.is_empty() {
+            None
+        } else {
+            Some(FileServer::spawn(&config.artifacts.file_server, &empty, entrance.as_ref())?)
+        };
+        let sandbox_config = SandboxConfig {
+            artifacts: config.artifacts,
+            kvm: &config.config.paths.kvm,
+            memory_mib: size.memory_mib,
+            cpus: size.cpus,
+            jail: Jail { uid: uid.as_ref(), root: &empty, network },
+            socket: &socket,
+            disks: &plan.storage.disks,
+            shares: file_server.as_ref().map(|(_, requests)| requests),
+            cgroup: entrance.as_ref(),
+        };
+        let serve = async {
+            match &file_server {
+                Some((server, _)) => plan.serve(server).await,
+                None => Ok(()),
+            }
+        };
+        let (sandbox, served) = tokio::join!(Sandbox::boot(&sandbox_config), serve);
+        let sandbox = sandbox?;
+        served?;
+        let agent = sandbox.agent().await?;
+        let pod = Arc::new(Self {
+            sandbox,
+            agent,
+            size,
+            file_server: OnceCell::new_with(file_server.map(|(server, _)| server)),
+            file_server_program: config.artifacts.file_server.clone(),
+            empty,
+            cgroup,
+            slots: Mutex::new(slots),
+            containers: Mutex::default(),
+            cpus: Mutex::default(),
+            _uid: uid,
+        });
+        locked(&pod.containers).insert(first.id.to_owned(), plan.holdings());
+        pod.agent.create_container(&plan.request(&first)?).await?;
+        pod.bring_cpus();
+        Ok(pod)
+    }
+
+    /// Makes another container, up to the point where it can be started.
+    ///
+    /// # Errors
+    /// [`PodError`]; nothing is left of what was made.
+    pub async fn create(&self, container: NewContainer<'_>) -> Result<(), PodError> {
+        let prepared = Prepared::make(&container, self.size).await?;
+        let plan = Plan::new(prepared, container.id, &mut locked(&self.slots), self.size)?;
+        // From here on what it holds is known, so that it can be given back whatever happens.
+        locked(&self.containers).insert(container.id.to_owned(), plan.holdings());
+        let made = self.make(&container, &plan).await;
+        if made.is_err() {
+            self.release(container.id).await;
+        }
+        made
+    }
+
+    async fn make(&self, container: &NewContainer<'_>, plan: &Plan) -> Result<(), PodError> {
+        if !plan.shares.is_empty() {
+            plan.serve(self.file_server().await?).await?;
+        }
+        for (slot, disk) in &plan.storage.disks {
+            self.sandbox.plug(&self.agent, *slot, disk).await?;
+        }
+        Ok(self.agent.create_container(&plan.request(container)?).await?)
+    }
+
+    /// The file server, started and plugged with the first share that a container of this pod has.
+    async fn file_server(&self) -> Result<&FileServer, PodError> {
+        let start = async {
+            let entrance = self.cgroup.as_ref().map(SandboxCgroup::entrance).transpose();
+            let entrance = entrance.map_err(PodError::Entrance)?;
+            let (server, requests) =
+                FileServer::spawn(&self.file_server_program, &self.empty, entrance.as_ref())?;
+            self.sandbox.plug_shares(&self.agent, slots::FS, &requests).await?;
+            Ok::<_, PodError>(server)
+        };
+        self.file_server.get_or_try_init(|| start).await
+    }
+
+    /// Gives the machine its CPUs, which must not go on while a container is created: that is one thing after another, whose every change
+    /// to the kernel's page tables would have to wait for the other CPUs.
+    fn bring_cpus(self: &Arc<Self>) {
+        if self.size.cpus < 2 {
+            return;
+        }
+        let pod = Arc::downgrade(self);
+        *locked(&self.cpus) = Some(tokio::spawn(async move {
+            let Some(pod) = pod.upgrade() else { return };
+            // One CPU is enough to run on.
+            if let Err(error) = pod.sandbox.add_cpus(&pod.agent, pod.size.cpus).await {
+                tracing::warn!("the virtual machine has fewer CPUs than {}: {error}", pod.size.cpus);
+            }
+        }));
+    }
+
+    /// Starts a container, which may count its CPUs and so has to wait for them.
+    ///
+    /// # Errors
+    /// [`AgentError`]; its kind tells a program that was not found from one that may not be executed.
+    pub async fn start_container(&self, id: &str) -> Result<(), AgentError> {
+        let cpus = locked(&self.cpus).take();
+        if let Some(cpus) = cpus {
+            let _ = cpus.await;
+        }
+        self.agent.start_container(id).await
+    }
+
+    /// Ends a container and gives back what it had. One that is not there is fine.
+    ///
+    /// # Errors
+    /// [`AgentError`] when it cannot be ended; then it can be tried again.
+    pub async fn remove(&self, id: &str) -> Result<(), AgentError> {
+        match self.agent.remove_container(id).await {
+            Err(error) if error.code() != Some(Code::NOT_FOUND) => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
+        self.release(id).await;
+        Ok(())
+    }
+
+    /// Takes back slots and shares. A slot that the guest does not let go of stays taken.
+    async fn release(&self, id: &str) {
+        let Some(holdings) = locked(&self.containers).remove(id) else { return };
+        for slot in holdings.slots {
+            match self.sandbox.unplug(&self.agent, slot).await {
+                Ok(()) => locked(&self.slots).give_back(slot),
+                Err(error) => tracing::warn!("cannot unplug slot {slot} of container {id}: {error}"),
+            }
+        }
+        for share in holdings.shares {
+            if let Some(server) = self.file_server.get()
+                && let Err(error) = server.remove(&share).await
+            {
+                tracing::warn!("cannot take back the share {share}: {error}");
+            }
+        }
+    }
+
+    /// The agent in the guest.
+    pub fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    /// Where connections to the guest are made.
+    pub fn socket(&self) -> &Path {
+        self.sandbox.socket()
+    }
+
+    /// The VMM's process id.
+    pub fn pid(&self) -> u32 {
+        self.sandbox.vmm_pid()
+    }
+
+    /// The file server's process id, if there is one.
+    pub fn file_server_pid(&self) -> Option<u32> {
+        self.file_server.get().map(FileServer::pid)
+    }
+
+    /// The machine's size.
+    pub fn size(&self) -> MachineSize {
+        self.size
+    }
+
+    /// The host's cgroup that the machine is in.
+    pub fn cgroup(&self) -> Option<&SandboxCgroup> {
+        self.cgroup.as_ref()
+    }
+
+    /// Waits for the machine's end.
+    pub async fn ended(&self) -> End {
+        self.sandbox.ended().await
+    }
+
+    /// Ends the machine without waiting for it to be torn down.
+    pub fn stop(&self) {
+        self.sandbox.stop();
+    }
+
+    /// The last lines of the guest's console, fit for a terminal.
+    pub fn console_tail(&self) -> Vec<String> {
+        self.sandbox.console_tail()
+    }
+
+    /// When the machine passed the stations of its boot.
+    pub fn times(&self) -> BootTimes {
+        self.sandbox.times()
+    }
+}
+
+/// What the host has for a container, opened.
+struct Prepared {
+    spec: Spec,
+    namespaces: Vec<SharedNamespace>,
+    root: Root,
+    binds: Vec<Bind>,
+}
+
+impl Prepared {
+    /// Opens what the container has of the host. A network file system may take its time, so a thread of its own does it.
+    async fn make(container: &NewContainer<'_>, size: MachineSize) -> Result<Self, PodError> {
+        let (id, bundle) = (container.id.to_owned(), container.bundle.to_owned());
+        let (mut spec, rootfs) = (container.spec.clone(), container.rootfs.to_vec());
+        let first = container.sandbox.map(ToOwned::to_owned);
+        let prepare = move || -> Result<Self, HandoverError> {
+            handover::refuse_disks(&spec)?;
+            let namespaces = handover::take_namespaces(&mut spec, first.as_deref())?;
+            handover::renumber_cpus(&mut spec, size.cpus)?;
+            let directory = spec.root().as_ref().map(|root| bundle.join(root.path()));
+            let root = handover::root(&rootfs, directory.as_deref())?;
+            let binds = handover::take_binds(&mut spec, &id, &bundle)?;
+            Ok(Self { spec, namespaces, root, binds })
+        };
+        Ok(tokio::task::spawn_blocking(prepare).await??)
+    }
+}
+
+/// A container as the guest can have it.
+#[derive(Debug)]
+struct Plan {
+    spec: Spec,
+    namespaces: Vec<SharedNamespace>,
+    storage: Storage,
+    shares: Vec<(Bind, ShareKind)>,
+}
+
+impl Plan {
+    fn new(prepared: Prepared, id: &str, slots: &mut Slots, size: MachineSize) -> Result<Self, PodError> {
+        let Prepared { spec, namespaces, root, binds } = prepared;
+        let mut shares: Vec<_> = binds.into_iter().map(|bind| (bind, ShareKind::Bind)).collect();
+        let storage = match root {
+            Root::Layers(layers) => {
+                // What the container writes takes up to half of the memory, as tmpfs does by itself.
+                let half = Size(u64::from(size.memory_mib) << 19);
+                storage::plan(slots, &layers, Upper::Tmpfs(half))?
+            }
+            Root::Ext4(disk) => storage::plan_ext4(slots, disk)?,
+            Root::Share(mount) => {
+                let name = format!("{id}.root");
+                let rootfs = Rootfs { share: name.clone(), ..Default::default() };
+                shares.push((Bind { name, mount, read_only: false }, ShareKind::Root));
+                Storage { disks: Vec::new(), rootfs }
+            }
+        };
+        Ok(Self { spec, namespaces, storage, shares })
+    }
+
+    fn holdings(&self) -> Holdings {
+        Holdings {
+            slots: self.storage.disks.iter().map(|(slot, _)| *slot).collect(),
+            shares: self.shares.iter().map(|(bind, _)| bind.name.clone()).collect(),
+        }
+    }
+
+    async fn serve(&self, server: &FileServer) -> Result<(), PodError> {
+        for (bind, kind) in &self.shares {
+            server.add(&bind.name, &bind.mount, *kind, bind.read_only).await?;
+        }
+        Ok(())
+    }
+
+    fn request(&self, container: &NewContainer<'_>) -> Result<CreateContainerRequest, PodError> {
+        Ok(CreateContainerRequest {
+            container_id: container.id.to_owned(),
+            spec: serde_json::to_vec(&self.spec)?,
+            rootfs: Some(self.storage.rootfs.clone()).into(),
+            stdio: Some(container.stdio.clone()).into(),
+            shared_namespaces: self.namespaces.clone(),
+            ..Default::default()
+        })
+    }
+}

@@ -1,0 +1,246 @@
+//! How large a machine is, from what its containers may use.
+//!
+//! A limit of a container is enforced in the guest; the machine is made large enough for it. Annotations of the operator's
+//! choice come before limits, limits before the defaults of the configuration.
+
+use bulkhead_vmm::arch::layout::VCPUS_MAX;
+use bulkhead_vmm::memory::{MEMORY_MAX_MIB, MEMORY_MIN_MIB};
+use oci_spec::runtime::{LinuxResources, Spec};
+
+use crate::config::Config;
+use crate::oci::annotation;
+use crate::size::Size;
+
+/// Memory of the machine, in MiB: the annotation.
+pub const MEMORY_ANNOTATION: &str = "io.bulkhead.vm.memory";
+/// CPUs of the machine: the annotation.
+pub const CPUS_ANNOTATION: &str = "io.bulkhead.vm.cpus";
+/// Every annotation that the configuration can allow.
+pub const ANNOTATIONS: [&str; 2] = [MEMORY_ANNOTATION, CPUS_ANNOTATION];
+/// What begins like this is for us.
+const ANNOTATION_PREFIX: &str = "io.bulkhead.";
+
+/// What containerd's CRI plugin says of a pod as a whole.
+const POD_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+const POD_CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+const POD_CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+/// The kernel's default for `cpu.max`, in microseconds.
+const CPU_PERIOD: u64 = 100_000;
+
+/// What a guest needs besides its containers' memory, in MiB: its kernel and agent, what the agent keeps from containers, and the
+/// kernel's account of each page, which is a 64th.
+const GUEST_MIB: u64 = 96;
+
+/// The size of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MachineSize {
+    /// Its memory in MiB.
+    pub memory_mib: u32,
+    /// Its CPUs.
+    pub cpus: u8,
+}
+
+/// Why a machine cannot have the size that is asked for.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum SizeError {
+    /// Its memory is out of bounds.
+    #[error(
+        "{what} asks for a virtual machine of {mib} MiB: {MEMORY_MIN_MIB} to {MEMORY_MAX_MIB} MiB are possible"
+    )]
+    Memory {
+        /// What asks.
+        what: &'static str,
+        /// For how much.
+        mib: u64,
+    },
+    /// The number of CPUs is out of bounds.
+    #[error("{what} asks for {cpus} CPUs: 1 to {VCPUS_MAX} are possible")]
+    Cpus {
+        /// What asks.
+        what: &'static str,
+        /// For how many.
+        cpus: u64,
+    },
+    /// An annotation's value is not of its type.
+    #[error("the annotation {0} is not valid: {1}")]
+    Annotation(&'static str, String),
+    /// An annotation that nobody allowed.
+    #[error(
+        "the annotation {0} is not allowed: name it in `annotations.allow` of the configuration, or remove it"
+    )]
+    NotAllowed(String),
+    /// An annotation that does not exist.
+    #[error("there is no annotation {0}; there are {list}", list = ANNOTATIONS.join(" and "))]
+    Unknown(String),
+}
+
+/// The machine for a container, or for a pod whose first container this is.
+///
+/// # Errors
+/// [`SizeError`] for an annotation that is not allowed or not valid, and for a size that no machine can have.
+pub fn machine_size(spec: &Spec, config: &Config) -> Result<MachineSize, SizeError> {
+    check_annotations(spec, config)?;
+    Ok(MachineSize { memory_mib: memory(spec, config)?, cpus: cpus(spec, config)? })
+}
+
+fn check_annotations(spec: &Spec, config: &Config) -> Result<(), SizeError> {
+    let mut ours: Vec<&String> = spec.annotations().iter().flatten().map(|(name, _)| name).collect();
+    ours.retain(|name| name.starts_with(ANNOTATION_PREFIX));
+    ours.sort();
+    for name in ours {
+        if !ANNOTATIONS.contains(&name.as_str()) {
+            return Err(SizeError::Unknown(name.chars().take(128).collect()));
+        }
+        if !config.annotations.allow.contains(name) {
+            return Err(SizeError::NotAllowed(name.clone()));
+        }
+    }
+    Ok(())
+}
+
+fn memory(spec: &Spec, config: &Config) -> Result<u32, SizeError> {
+    let (what, mib) = if let Some(text) = annotation(spec, MEMORY_ANNOTATION) {
+        let size: Size = text
+            .parse()
+            .map_err(|e: crate::size::SizeError| SizeError::Annotation(MEMORY_ANNOTATION, e.to_string()))?;
+        (MEMORY_ANNOTATION, size.mib_rounded_up())
+    } else if let Some(bytes) = pod_number(spec, POD_MEMORY)? {
+        (POD_MEMORY, with_guest(bytes))
+    } else if let Some(bytes) = memory_limit(spec) {
+        ("the container's memory limit", with_guest(bytes))
+    } else {
+        ("defaults.memory of the configuration", config.defaults.memory.mib_rounded_up())
+    };
+    let fits = u32::try_from(mib).ok().filter(|mib| (MEMORY_MIN_MIB..=MEMORY_MAX_MIB).contains(mib));
+    fits.ok_or(SizeError::Memory { what, mib })
+}
+
+fn cpus(spec: &Spec, config: &Config) -> Result<u8, SizeError> {
+    let (what, cpus) = if let Some(text) = annotation(spec, CPUS_ANNOTATION) {
+        let error = || SizeError::Annotation(CPUS_ANNOTATION, "give a number of CPUs".into());
+        (CPUS_ANNOTATION, text.parse().map_err(|_| error())?)
+    } else if let Some(quota) = pod_number(spec, POD_CPU_QUOTA)? {
+        let period = pod_number(spec, POD_CPU_PERIOD)?.unwrap_or(CPU_PERIOD);
+        (POD_CPU_QUOTA, quota.div_ceil(period.max(1)))
+    } else if let Some(cpus) = cpu_limit(spec) {
+        ("the container's CPU quota", cpus)
+    } else {
+        ("defaults.cpus of the configuration", config.defaults.cpus.into())
+    };
+    let fits = u8::try_from(cpus).ok().filter(|cpus| (1..=VCPUS_MAX).contains(cpus));
+    fits.ok_or(SizeError::Cpus { what, cpus })
+}
+
+/// A number above zero that the CRI plugin wrote.
+fn pod_number(spec: &Spec, name: &'static str) -> Result<Option<u64>, SizeError> {
+    let Some(text) = annotation(spec, name) else { return Ok(None) };
+    let number: i64 = text.parse().map_err(|_| SizeError::Annotation(name, "it is not a number".into()))?;
+    Ok(u64::try_from(number).ok().filter(|number| *number > 0))
+}
+
+fn resources(spec: &Spec) -> Option<&LinuxResources> {
+    spec.linux().as_ref()?.resources().as_ref()
+}
+
+fn memory_limit(spec: &Spec) -> Option<u64> {
+    let limit = resources(spec)?.memory().as_ref()?.limit()?;
+    u64::try_from(limit).ok().filter(|limit| *limit > 0)
+}
+
+/// A quota in whole CPUs, or the number of CPUs that the container is bound to.
+fn cpu_limit(spec: &Spec) -> Option<u64> {
+    let cpu = resources(spec)?.cpu().as_ref()?;
+    let quota = cpu.quota().and_then(|quota| u64::try_from(quota).ok()).filter(|quota| *quota > 0);
+    if let Some(quota) = quota {
+        return Some(quota.div_ceil(cpu.period().unwrap_or(CPU_PERIOD).max(1)));
+    }
+    cpu.cpus().as_deref().and_then(cpu_count)
+}
+
+/// How many CPUs a list like `0-2,5` has; none when it is empty or not valid.
+pub fn cpu_count(list: &str) -> Option<u64> {
+    let mut count: u64 = 0;
+    for range in list.trim().split(',') {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last): (u64, u64) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+        count = count.checked_add(last.checked_sub(first)?.checked_add(1)?)?;
+    }
+    Some(count)
+}
+
+fn with_guest(bytes: u64) -> u64 {
+    let mib = Size(bytes).mib_rounded_up();
+    mib.saturating_add(mib / 32).saturating_add(GUEST_MIB)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn size(resources: &Value, annotations: &Value) -> Result<MachineSize, SizeError> {
+        let mut config = Config::default();
+        config.annotations.allow = ANNOTATIONS.map(String::from).to_vec();
+        let spec =
+            json!({"ociVersion": "1.2.0", "annotations": annotations, "linux": {"resources": resources}});
+        machine_size(&serde_json::from_value(spec).unwrap(), &config)
+    }
+
+    #[test]
+    fn a_container_without_limits_gets_the_default_machine() {
+        let expected = MachineSize { memory_mib: 1024, cpus: 2 };
+        assert_eq!(size(&json!({}), &json!({})).unwrap(), expected);
+        let unlimited = json!({"memory": {"limit": -1}, "cpu": {"quota": -1, "period": 100_000}});
+        assert_eq!(size(&unlimited, &json!({})).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_machine_has_room_for_the_container_and_the_guest() {
+        let limits = json!({"memory": {"limit": 512 << 20}, "cpu": {"quota": 250_000, "period": 100_000}});
+        assert_eq!(size(&limits, &json!({})).unwrap(), MachineSize { memory_mib: 512 + 16 + 96, cpus: 3 });
+        let small = size(&json!({"memory": {"limit": 1}}), &json!({})).unwrap();
+        assert_eq!(small.memory_mib, 97);
+        assert_eq!(size(&json!({"cpu": {"cpus": "4-6,9"}}), &json!({})).unwrap().cpus, 4);
+    }
+
+    #[test]
+    fn the_pods_numbers_come_before_the_containers_and_annotations_before_both() {
+        let limits = json!({"memory": {"limit": 64 << 20}});
+        let pod =
+            json!({POD_MEMORY: (1_u64 << 30).to_string(), POD_CPU_QUOTA: "150000", POD_CPU_PERIOD: "100000"});
+        assert_eq!(size(&limits, &pod).unwrap(), MachineSize { memory_mib: 1024 + 32 + 96, cpus: 2 });
+        let both = json!({POD_MEMORY: "1", MEMORY_ANNOTATION: "300M", CPUS_ANNOTATION: "5"});
+        assert_eq!(size(&limits, &both).unwrap(), MachineSize { memory_mib: 300, cpus: 5 });
+    }
+
+    #[test]
+    fn a_size_that_no_machine_can_have_is_refused_with_who_asks() {
+        let huge = size(&json!({"memory": {"limit": i64::MAX}}), &json!({})).unwrap_err();
+        assert!(huge.to_string().contains("memory limit"), "{huge}");
+        assert!(size(&json!({}), &json!({MEMORY_ANNOTATION: "1M"})).is_err());
+        assert!(size(&json!({}), &json!({CPUS_ANNOTATION: "33"})).is_err());
+        assert!(size(&json!({}), &json!({CPUS_ANNOTATION: "many"})).is_err());
+        assert!(
+            size(&json!({}), &json!({"io.bulkhead.vm.kernel": "/x"}))
+                .unwrap_err()
+                .to_string()
+                .contains("vm.cpus")
+        );
+    }
+
+    #[test]
+    fn an_annotation_counts_only_where_it_is_allowed() {
+        let spec = json!({"ociVersion": "1.2.0", "annotations": {CPUS_ANNOTATION: "4"}});
+        let error = machine_size(&serde_json::from_value(spec).unwrap(), &Config::default()).unwrap_err();
+        assert_eq!(error, SizeError::NotAllowed(CPUS_ANNOTATION.into()));
+    }
+
+    proptest! {
+        #[test]
+        fn any_list_of_cpus_is_counted_or_refused(list in "[0-9,-]{0,24}") {
+            let _ = cpu_count(&list);
+        }
+    }
+}
