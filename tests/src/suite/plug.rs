@@ -18,7 +18,7 @@ use libtest_mimic::Trial;
 
 use crate::trial;
 
-const SLOT: u8 = 7;
+const SLOT: u8 = 9;
 
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
@@ -52,7 +52,7 @@ fn refused() -> Result {
     let cases = [
         (Request::Plug { slot: SLOT_RNG, device: Device::Rng }, "slot 2 is taken"),
         (Request::Plug { slot: 22, device: Device::Rng }, "there is no slot 22"),
-        (Request::Unplug { slot: SLOT }, "slot 7 is empty"),
+        (Request::Unplug { slot: SLOT }, "slot 9 is empty"),
         (Request::Unplug { slot: SLOT_RNG }, "slot 2 is in use by the guest"),
     ];
     for (request, expected) in cases {
