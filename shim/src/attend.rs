@@ -55,10 +55,23 @@ pub(crate) async fn init(shim: Arc<Shim>, task: Arc<Task>, machine: Arc<Machine>
 
     // The exit is out; what follows keeps nobody waiting but the deletion.
     task.init.drained().await;
-    if machine.is_usable() && timeout(REMOVE_TIMEOUT, machine.pod().remove(&task.id)).await.is_err() {
-        tracing::warn!(id = task.id, "the guest does not let go of the container");
+    let is_over = shim.is_over();
+    let removing = async {
+        if is_over {
+            // What the machine has of the host goes with it: only the container's disks are to be written.
+            machine.agent().remove_container(&task.id).await
+        } else {
+            machine.pod().remove(&task.id).await
+        }
+    };
+    if machine.is_usable() {
+        match timeout(REMOVE_TIMEOUT, removing).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(id = task.id, %error, "the guest cannot remove the container"),
+            Err(_) => tracing::warn!(id = task.id, "the guest does not let go of the container"),
+        }
     }
-    if shim.is_over() {
+    if is_over {
         machine.end("its containers have ended").await;
     }
     task.release();

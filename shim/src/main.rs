@@ -6,7 +6,7 @@
 //! - [`delete`], [`info`]: the other things that the program can do
 //! - [`serve`], [`service`]: a shim while it serves
 //! - [`shim`], [`machine`], [`task`], [`process`]: its containers and their machine
-//! - [`create`], [`lifecycle`], [`attend`]: what is done with them, and what comes by itself
+//! - [`create`], [`lifecycle`], [`update`], [`attend`]: what is done with them, and what comes by itself
 //! - [`io`]: standard streams
 //! - [`events`], [`metrics`], [`options`], [`errors`], [`any`]: what containerd is told, and how
 //! - [`log`]: the log
@@ -35,6 +35,7 @@ mod service;
 mod shim;
 mod start;
 mod task;
+mod update;
 
 use std::error::Error;
 use std::io::Write as _;

@@ -7,7 +7,6 @@ use async_trait::async_trait;
 use containerd_shim_protos::api;
 use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::shim_async::{Task, create_task};
-use oci_spec::runtime::LinuxResources;
 use protobuf::{EnumOrUnknown, MessageField};
 use ttrpc::asynchronous::{Service, TtrpcContext as Context};
 
@@ -166,19 +165,8 @@ impl Task for TaskService {
     }
 
     async fn update(&self, _: &Context, request: api::UpdateTaskRequest) -> Reply<api::Empty> {
-        let task = self.shim.task(&request.id)?;
-        let state = task.init.state();
-        if state.exit().is_some() {
-            return Err(TaskError::state("update", &state).into());
-        }
         let resources = request.resources.into_option().unwrap_or_default().value;
-        let invalid = |error| TaskError::Invalid(format!("the resources: {error}"));
-        serde_json::from_slice::<LinuxResources>(&resources).map_err(invalid)?;
-        let machine = task.machine()?;
-        match machine.agent().update(&task.id, resources).await {
-            Ok(()) => Ok(api::Empty::new()),
-            Err(error) => Err(explain(machine, error.into()).await.into()),
-        }
+        Ok(self.shim.update(&request.id, &resources).await.map(empty)?)
     }
 
     async fn wait(&self, _: &Context, request: api::WaitRequest) -> Reply<api::WaitResponse> {
