@@ -12,16 +12,19 @@ use std::thread;
 
 use async_trait::async_trait;
 use bulkhead_protocol::agent::{
-    CreateContainerRequest, CreateContainerResponse, Empty, ExecProcessRequest, ExecProcessResponse,
-    GetGuestDetailsRequest, GuestDetails, OnlineCpusRequest, OnlineCpusResponse, ResizeTerminalRequest,
-    SignalProcessRequest, StartContainerRequest, Stdio, WaitProcessRequest, WaitProcessResponse,
+    BindSlotRequest, BindSlotResponse, CreateContainerRequest, CreateContainerResponse, Empty,
+    ExecProcessRequest, ExecProcessResponse, GetGuestDetailsRequest, GuestDetails, OnlineCpusRequest,
+    OnlineCpusResponse, PauseContainerRequest, RemoveContainerRequest, ResizeTerminalRequest,
+    ResumeContainerRequest, SignalProcessRequest, StartContainerRequest, StatsContainerRequest,
+    StatsContainerResponse, Stdio, UpdateContainerRequest, WaitProcessRequest, WaitProcessResponse,
+    WatchOomRequest, WatchOomResponse,
 };
 use bulkhead_protocol::agent_ttrpc::{Agent, create_agent};
 use bulkhead_protocol::limits::{CONTROL_PORT, PROTOCOL_VERSION, STREAM_PORT};
 use bulkhead_protocol::status;
 use bulkhead_protocol::stream::{PREFIX_LEN, Stream, StreamHeader};
 use bulkhead_vmm::control::message::Exit;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group, set_parent_process_death_signal};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::sync::watch;
@@ -44,10 +47,31 @@ struct Process {
     exit: watch::Sender<Option<u32>>,
 }
 
+impl Process {
+    /// True when the environment of the process has this variable, by which tests say how it behaves.
+    fn is_told(&self, variable: &str) -> bool {
+        self.spec["env"].to_string().contains(variable)
+    }
+
+    /// Kills it and what it has started, or ends it before it has been started.
+    fn kill(&self, signal: Signal) {
+        match self.pid {
+            Some(pid) if self.exit.borrow().is_none() => {
+                let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a pid");
+                // What has ended meanwhile cannot be killed.
+                let _ = kill_process_group(pid, signal);
+            }
+            Some(_) => {}
+            None => drop(self.exit.send_replace(u32::try_from(128 + signal.as_raw()).ok())),
+        }
+    }
+}
+
 /// Serves connections from the host in the background.
 pub(crate) fn serve(listener: UnixListener, machine: &Machine) {
     let processes = Processes::default();
-    let service = Service { processes: Arc::clone(&processes), machine: machine.clone() };
+    let service =
+        Service { processes: Arc::clone(&processes), machine: machine.clone(), limits: Mutex::default() };
     let directory =
         std::env::temp_dir().join(format!("fake-vmm-{}", rustix::process::getpid().as_raw_nonzero()));
     let unique = Arc::as_ptr(&processes).addr();
@@ -129,6 +153,8 @@ fn copy(from: OwnedFd, to: OwnedFd) {
 struct Service {
     processes: Processes,
     machine: Machine,
+    /// `memory.limit` as last told, by container.
+    limits: Mutex<HashMap<String, u64>>,
 }
 
 impl Service {
@@ -209,6 +235,11 @@ impl Service {
         let mut end =
             |stream| process.child_ends.remove(&stream).map_or_else(ChildStdio::null, ChildStdio::from);
         command.stdin(end(0)).stdout(end(1)).stderr(end(2));
+        // A machine that ends takes everything along that runs in it. The thread that starts it lives as long as this process.
+        // SAFETY: the closure runs in the forked child and makes one system call.
+        unsafe {
+            command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
+        }
         let mut child = command.spawn().map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => refused(Code::NOT_FOUND, format!("{:?} not found\x1b", args[0])),
             io::ErrorKind::PermissionDenied => refused(Code::PERMISSION_DENIED, "permission denied"),
@@ -217,12 +248,27 @@ impl Service {
         drop(command);
         process.pid = Some(child.id());
         let exit = process.exit.clone();
+        let (container, is_init) = (key.0.clone(), key.1.is_empty());
+        let processes = Arc::clone(&self.processes);
         thread::spawn(move || {
             let status = child.wait().expect("a child");
             let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(255);
             exit.send_replace(u32::try_from(code).ok());
+            if is_init {
+                let processes = processes.lock().unwrap();
+                let others = processes.iter().filter(|((id, _), _)| *id == container);
+                others.for_each(|(_, process)| process.kill(Signal::KILL));
+            }
         });
         Ok(())
+    }
+
+    /// Signals the first process of a container, and all that it has started.
+    fn signal_init(&self, id: &str, signal: Signal) -> ttrpc::Result<Empty> {
+        let processes = self.processes.lock().unwrap();
+        let process = processes.get(&(id.to_owned(), String::new()));
+        process.ok_or_else(|| refused(Code::NOT_FOUND, "no such container"))?.kill(signal);
+        Ok(Empty::default())
     }
 }
 
@@ -248,6 +294,78 @@ impl Agent for Service {
         })
     }
 
+    async fn bind_slot(&self, _: &TtrpcContext, _: BindSlotRequest) -> ttrpc::Result<BindSlotResponse> {
+        Ok(BindSlotResponse::default())
+    }
+
+    async fn remove_container(
+        &self,
+        _: &TtrpcContext,
+        request: RemoveContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.processes.lock().unwrap().retain(|(id, _), process| {
+            let stays = *id != request.container_id;
+            if !stays {
+                process.kill(Signal::KILL);
+            }
+            stays
+        });
+        Ok(Empty::default())
+    }
+
+    async fn pause_container(
+        &self,
+        _: &TtrpcContext,
+        request: PauseContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.signal_init(&request.container_id, Signal::STOP)
+    }
+
+    async fn resume_container(
+        &self,
+        _: &TtrpcContext,
+        request: ResumeContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.signal_init(&request.container_id, Signal::CONT)
+    }
+
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let resources: serde_json::Value = serde_json::from_slice(&request.resources).map_err(internal)?;
+        if let Some(limit) = resources["memory"]["limit"].as_u64() {
+            self.limits.lock().unwrap().insert(request.container_id, limit);
+        }
+        Ok(Empty::default())
+    }
+
+    async fn stats_container(
+        &self,
+        _: &TtrpcContext,
+        request: StatsContainerRequest,
+    ) -> ttrpc::Result<StatsContainerResponse> {
+        let mut numbers = HashMap::from([("pids.current".to_owned(), 1)]);
+        if let Some(limit) = self.limits.lock().unwrap().get(&request.container_id) {
+            numbers.insert("memory.max".to_owned(), *limit);
+        }
+        let cpu = HashMap::from([("usage_usec".to_owned(), 7)]);
+        Ok(StatsContainerResponse { cpu, numbers, ..Default::default() })
+    }
+
+    async fn watch_oom(&self, _: &TtrpcContext, request: WatchOomRequest) -> ttrpc::Result<WatchOomResponse> {
+        let ran_out = {
+            let processes = self.processes.lock().unwrap();
+            let init = processes.get(&(request.container_id, String::new()));
+            init.is_some_and(|init| init.is_told("FAKE_OOM="))
+        };
+        if !ran_out || request.kills > 0 {
+            std::future::pending::<()>().await;
+        }
+        Ok(WatchOomResponse { kills: 1, ..Default::default() })
+    }
+
     async fn online_cpus(
         &self,
         _: &TtrpcContext,
@@ -266,6 +384,9 @@ impl Agent for Service {
         }
         let spec: serde_json::Value = serde_json::from_slice(&request.spec).map_err(internal)?;
         let process = serde_json::to_vec(&spec["process"]).map_err(internal)?;
+        if spec["process"]["env"].to_string().contains("FAKE_HANGS_IN_CREATE=") {
+            std::future::pending::<()>().await;
+        }
         self.make((request.container_id, String::new()), &process, &request.stdio)?;
         Ok(CreateContainerResponse::default())
     }
@@ -290,15 +411,27 @@ impl Agent for Service {
     }
 
     async fn signal_process(&self, _: &TtrpcContext, request: SignalProcessRequest) -> ttrpc::Result<Empty> {
-        let processes = self.processes.lock().unwrap();
-        let process = processes.get(&(request.container_id, request.exec_id));
-        let pid = process.filter(|process| process.exit.borrow().is_none()).and_then(|process| process.pid);
-        let pid = pid.ok_or_else(|| refused(Code::NOT_FOUND, "no such process"))?;
+        let key = (request.container_id.clone(), request.exec_id.clone());
+        let told = |variable| self.processes.lock().unwrap().get(&key).is_some_and(|it| it.is_told(variable));
+        if told("FAKE_DEAF=") {
+            std::future::pending::<()>().await;
+        }
         let number = i32::try_from(request.signal).map_err(internal)?;
-        if process.is_some_and(|process| process.spec["env"].to_string().contains("FAKE_IMMORTAL=")) {
+        let signal = Signal::from_named_raw(number).ok_or_else(|| internal("no such signal"))?;
+        let processes = self.processes.lock().unwrap();
+        let process = processes.get(&key);
+        if let Some(process) = process
+            && process.exit.borrow().is_none()
+            && (process.pid.is_none() || request.all)
+        {
+            process.kill(signal);
             return Ok(Empty::default());
         }
-        let signal = Signal::from_named_raw(number).ok_or_else(|| internal("no such signal"))?;
+        let pid = process.filter(|process| process.exit.borrow().is_none()).and_then(|process| process.pid);
+        let pid = pid.ok_or_else(|| refused(Code::NOT_FOUND, "no such process"))?;
+        if process.is_some_and(|process| process.is_told("FAKE_IMMORTAL=")) {
+            return Ok(Empty::default());
+        }
         let pid = Pid::from_raw(i32::try_from(pid).map_err(internal)?).ok_or_else(|| internal("pid 0"))?;
         kill_process(pid, signal).map_err(internal)?;
         Ok(Empty::default())
@@ -313,7 +446,7 @@ impl Agent for Service {
             let processes = self.processes.lock().unwrap();
             let process = processes.get(&(request.container_id, request.exec_id));
             let process = process.ok_or_else(|| refused(Code::NOT_FOUND, "no such process"))?;
-            (process.exit.subscribe(), process.spec["env"].to_string().contains("FAKE_OOM="))
+            (process.exit.subscribe(), process.is_told("FAKE_OOM="))
         };
         let status = exit.wait_for(Option::is_some).await.map_err(internal)?.unwrap_or_default();
         Ok(WaitProcessResponse { exit_status: status, oom_killed, ..Default::default() })

@@ -57,6 +57,8 @@ fn main() {
     assert_eq!(args[1], "--control-fd");
     // SAFETY: the owner left this descriptor open for this process, and nothing else here uses its number.
     let owner = unsafe { OwnedFd::from_raw_fd(args[2].parse().expect("a number")) };
+    // What runs on the host in place of a guest must not keep it open.
+    rustix::io::fcntl_setfd(&owner, rustix::io::FdFlags::CLOEXEC).expect("a descriptor");
     let owner = Arc::new(ControlSocket::from(owner));
     let mut machine = None;
     let mut survives = false;

@@ -1,0 +1,175 @@
+//! `delete`: what is left of a container is removed, whether its shim lives, is about to end, or was killed.
+//!
+//! containerd runs this after every deletion, not only when a shim has died, and gives it five seconds.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use containerd_shim_protos::api::{DeleteRequest, DeleteResponse, KillRequest};
+use containerd_shim_protos::shim_async::{Client, TaskClient};
+use protobuf::MessageField;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::mount::{UnmountFlags, unmount};
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+use ttrpc::asynchronous::transport::Socket;
+use ttrpc::context;
+
+use crate::address::Address;
+use crate::args::Args;
+use crate::daemon::{self, DaemonError, Life};
+use crate::process::KILLED;
+use crate::record::{self, Recorded};
+use crate::shim::{CONTAINERS, mark};
+use bulkhead_sandbox::cgroup::SandboxCgroup;
+use bulkhead_sandbox::oci;
+
+/// How long a process that has been killed, or is about to end, is waited for.
+const GONE_TIMEOUT: Duration = Duration::from_millis(400);
+/// How long a shim that lives may take to delete one of its containers.
+const ASK_TIMEOUT: Duration = Duration::from_millis(400);
+/// SIGKILL, as containerd has signals.
+const SIGKILL: u32 = 9;
+
+/// Why something may be left.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DeleteError {
+    /// The locks cannot be had.
+    #[error(transparent)]
+    Daemon(#[from] DaemonError),
+    /// The working directory is gone.
+    #[error("cannot tell the bundle's directory: say it with -bundle")]
+    Directory(#[source] io::Error),
+    /// Files cannot be removed.
+    #[error("cannot remove {0}")]
+    Remove(PathBuf, #[source] io::Error),
+}
+
+/// Removes what is left of a container. Done again, it does nothing.
+pub(crate) fn delete(args: &Args) -> Result<DeleteResponse, DeleteError> {
+    let bundle = if args.bundle.as_os_str().is_empty() {
+        std::env::current_dir().map_err(DeleteError::Directory)?
+    } else {
+        args.bundle.clone()
+    };
+    let address = Address::read(&bundle).unwrap_or_else(|| {
+        // A bundle that cannot be read any more had no pod.
+        let group =
+            oci::read_spec(&bundle).map_or_else(|_| args.id.clone(), |spec| oci::group(&spec, &args.id));
+        Address::of(&args.address, &args.namespace, &group, None)
+    });
+    let mut pid = None;
+    if address.directory.exists() {
+        let cleaned = clean(&address, &args.id)?;
+        pid = cleaned.pid;
+        if cleaned.shim_is_gone {
+            remove_cgroup(&bundle);
+        }
+    }
+    // Bulkhead mounts nothing there; whoever did is not to be hindered by it.
+    let _ = unmount(bundle.join("rootfs"), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+    Ok(DeleteResponse {
+        pid: pid.unwrap_or(0),
+        exit_status: KILLED,
+        exited_at: MessageField::some(SystemTime::now().into()),
+        ..Default::default()
+    })
+}
+
+/// What came of cleaning up.
+#[derive(Default)]
+struct Cleaned {
+    /// The process id that the container had.
+    pid: Option<u32>,
+    /// Nobody uses what was the shim's any more.
+    shim_is_gone: bool,
+}
+
+/// Cleans up a pod's directory, as far as the container goes.
+fn clean(address: &Address, id: &str) -> Result<Cleaned, DeleteError> {
+    let directory = &address.directory;
+    let Some(_turn) = daemon::turn(directory)? else { return Ok(Cleaned::default()) };
+    let vmm = record::read(&directory.join(record::VMM));
+    let pid = vmm.map(Recorded::pid);
+    let mut life = daemon::life(directory)?;
+    if let Life::Lives(shim) = &life {
+        let own = mark(directory, id).exists();
+        let gone = match (own, has_others(directory, id)) {
+            (false, true) => None,
+            (true, true) => {
+                ask(&address.socket, id);
+                None
+            }
+            // Nothing is left for it but this container.
+            (true, false) => shim.and_then(Recorded::kill),
+            // It has been told to end, or will be used by the next container of its pod.
+            (false, false) => shim.and_then(Recorded::open),
+        };
+        match gone {
+            Some(gone) => wait(&gone),
+            None if own || has_others(directory, id) => return Ok(Cleaned { pid, shim_is_gone: false }),
+            None => {}
+        }
+        life = daemon::life(directory)?;
+    }
+    let Life::Gone(_lock) = life else { return Ok(Cleaned { pid, shim_is_gone: false }) };
+    // They end by themselves when the shim does, unless they hang.
+    let file_server = record::read(&directory.join(record::FILE_SERVER));
+    let gone: Vec<OwnedFd> = [vmm, file_server].into_iter().flatten().filter_map(Recorded::kill).collect();
+    gone.iter().for_each(wait);
+    for (path, removed) in
+        [(&address.socket, fs::remove_file(&address.socket)), (directory, fs::remove_dir_all(directory))]
+    {
+        match removed {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(DeleteError::Remove(path.clone(), error));
+            }
+            _ => {}
+        }
+    }
+    Ok(Cleaned { pid, shim_is_gone: true })
+}
+
+/// Removes the host's cgroup of a machine whose shim did not come to it. Nothing in it is killed by that: the configuration may have named
+/// a group that others are in.
+fn remove_cgroup(bundle: &Path) {
+    let Ok(spec) = oci::read_spec(bundle) else { return };
+    let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_ref()?.to_str());
+    let Some(Ok(cgroup)) = path.map(SandboxCgroup::of) else { return };
+    // What has been killed and is not gone yet keeps it, and so does whoever else is in it.
+    cgroup.remove();
+}
+
+/// True when the shim has other containers than this one.
+fn has_others(directory: &Path, id: &str) -> bool {
+    let names = fs::read_dir(directory.join(CONTAINERS)).into_iter().flatten().flatten();
+    names.map(|entry| entry.file_name()).any(|name| name != *id)
+}
+
+/// Waits, in bounds, for the end of a process.
+fn wait(process: &OwnedFd) {
+    let timeout = Timespec { tv_sec: 0, tv_nsec: i64::from(GONE_TIMEOUT.subsec_nanos()) };
+    // One that has not ended by then is in the kernel's hands.
+    let _ = poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&timeout));
+}
+
+/// Has a shim that lives end and delete a container.
+fn ask(socket: &Path, id: &str) {
+    let asking = async {
+        let client = TaskClient::new(Client::new(Socket::from(UnixStream::connect(socket).await?)));
+        let kill = KillRequest { id: id.into(), signal: SIGKILL, all: true, ..Default::default() };
+        // It fails when the container has ended, which is just as well.
+        let _ = client.kill(context::with_duration(ASK_TIMEOUT), &kill).await;
+        let wait = containerd_shim_protos::api::WaitRequest { id: id.into(), ..Default::default() };
+        let _ = client.wait(context::with_duration(ASK_TIMEOUT), &wait).await;
+        let delete = DeleteRequest { id: id.into(), ..Default::default() };
+        let _ = client.delete(context::with_duration(ASK_TIMEOUT), &delete).await;
+        io::Result::Ok(())
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    // What the shim does not do, nobody else can without ending the other containers.
+    let _ = runtime.map(|runtime| runtime.block_on(async { timeout(ASK_TIMEOUT, asking).await }));
+}

@@ -1,0 +1,155 @@
+//! The virtual machine of the shim's containers, and its end.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bulkhead_sandbox::agent::Agent;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use tokio::io::Interest;
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+use crate::record;
+use bulkhead_sandbox::cgroup::SandboxCgroup;
+use bulkhead_sandbox::pod::{NewContainer, Pod, PodConfig, PodError};
+
+/// How long a VMM may take to follow an order to end before it is killed.
+const STOP_TIMEOUT: Duration = Duration::from_millis(500);
+/// How long a VMM may take to be torn down by the kernel, which frees the guest's memory.
+const GONE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// A machine.
+pub(crate) struct Machine {
+    pod: Arc<Pod>,
+    /// The first container, whose namespaces the others of its pod share.
+    pub(crate) first: String,
+    vmm: Option<OwnedFd>,
+    over: watch::Sender<Option<Arc<str>>>,
+    expected: AtomicBool,
+}
+
+impl Machine {
+    /// Starts a machine with its first container, and writes down its processes, for whoever has to clean up after this shim.
+    pub(crate) async fn start(
+        config: PodConfig<'_>,
+        first: NewContainer<'_>,
+        oom_score: i32,
+    ) -> Result<Arc<Self>, PodError> {
+        let (directory, id) = (config.directory, first.id.to_owned());
+        let pod = Box::pin(Pod::start(config, first)).await?;
+        let pid = pod.pid();
+        if let Err(error) = record::write(directory, record::VMM, pid) {
+            tracing::warn!(%error, "cannot write down the VMM's process id");
+        }
+        // What the shim inherits from containerd protects it; a workload is not protected like that.
+        if let Err(error) = fs::write(format!("/proc/{pid}/oom_score_adj"), oom_score.to_string()) {
+            tracing::warn!(%error, "cannot set the VMM's oom_score_adj");
+        }
+        // The VMM is a child that nobody has reaped.
+        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+        let vmm = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        let (over, expected) = (watch::Sender::new(None), AtomicBool::new(false));
+        let machine = Arc::new(Self { pod, first: id, vmm, over, expected });
+        machine.note_file_server(directory);
+        tokio::spawn(Arc::clone(&machine).attend());
+        Ok(machine)
+    }
+
+    /// Creates another container.
+    pub(crate) async fn create(&self, container: NewContainer<'_>, directory: &Path) -> Result<(), PodError> {
+        Box::pin(self.pod.create(container)).await?;
+        self.note_file_server(directory);
+        Ok(())
+    }
+
+    /// The file server starts with the first share.
+    fn note_file_server(&self, directory: &Path) {
+        if let Some(pid) = self.pod.file_server_pid()
+            && let Err(error) = record::write(directory, record::FILE_SERVER, pid)
+        {
+            tracing::warn!(%error, "cannot write down the file server's process id");
+        }
+    }
+
+    /// Waits for the end and tells of it.
+    async fn attend(self: Arc<Self>) {
+        let end = self.pod.ended().await.to_string();
+        if self.expected.load(Ordering::Relaxed) {
+            tracing::debug!(%end, "the virtual machine ended");
+        } else {
+            let console = self.pod.console_tail().join("\n");
+            let out_of_memory = self.pod.cgroup().map_or(0, SandboxCgroup::oom_kills);
+            tracing::error!(%end, console, out_of_memory, "the virtual machine ended");
+        }
+        self.over.send_if_modified(|over| over.is_none() && over.replace(end.into()).is_none());
+    }
+
+    /// Waits for the machine's end, and says how it came.
+    pub(crate) async fn over(&self) -> Arc<str> {
+        let mut over = self.over.subscribe();
+        match over.wait_for(Option::is_some).await {
+            Ok(over) => over.clone().unwrap_or_default(),
+            // The sender is our own.
+            Err(_) => Arc::default(),
+        }
+    }
+
+    /// False when the machine has ended, or is about to.
+    pub(crate) fn is_usable(&self) -> bool {
+        !self.expected.load(Ordering::Relaxed) && self.over.borrow().is_none()
+    }
+
+    /// Ends the machine, whatever state it is in. Returns when it is over for everybody.
+    pub(crate) async fn end(&self, why: &str) {
+        self.expected.store(true, Ordering::Relaxed);
+        self.pod.stop();
+        if timeout(STOP_TIMEOUT, self.over()).await.is_ok() {
+            return;
+        }
+        if let Some(vmm) = &self.vmm {
+            // It fails when the VMM is gone, which is just as well.
+            let _ = pidfd_send_signal(vmm, Signal::KILL);
+        }
+        if timeout(STOP_TIMEOUT, self.over()).await.is_err() {
+            // A process in an uninterruptible sleep: nobody waits for it, what runs in it is over.
+            self.over.send_if_modified(|over| over.is_none() && over.replace(why.into()).is_none());
+        }
+    }
+
+    /// Waits, in bounds, until the VMM is gone, and removes its cgroup.
+    pub(crate) async fn gone(&self) {
+        let vmm = self.vmm.as_ref().and_then(|vmm| vmm.try_clone().ok());
+        if let Some(vmm) = vmm.and_then(|vmm| bulkhead_sandbox::watch::watch(vmm, Interest::READABLE).ok()) {
+            let _ = timeout(GONE_TIMEOUT, vmm.readable()).await;
+        }
+        if let Some(cgroup) = self.pod.cgroup()
+            && !cgroup.remove()
+        {
+            tracing::warn!("the sandbox's cgroup is not empty: it stays");
+        }
+    }
+
+    /// Calls to the guest's agent.
+    pub(crate) fn agent(&self) -> &Agent {
+        self.pod.agent()
+    }
+
+    /// The machine as the library has it.
+    pub(crate) fn pod(&self) -> &Pod {
+        &self.pod
+    }
+
+    /// Where streams are connected.
+    pub(crate) fn socket(&self) -> &Path {
+        self.pod.socket()
+    }
+
+    /// The VMM's process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.pod.pid()
+    }
+}

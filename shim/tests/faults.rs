@@ -1,0 +1,309 @@
+//! What is killed, hangs or is damaged, and what containerd gets to see of it.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use containerd_shim_protos::api::{self, Status};
+use containerd_shim_protos::bootstrap_api::BootstrapParams;
+use containerd_shim_protos::protobuf::Message;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::types::introspection::RuntimeInfo;
+use serde_json::json;
+use support::{Host, NAMESPACE, kill, lives, until};
+use ttrpc::Code;
+
+const SIGKILL: u32 = 9;
+
+#[tokio::test]
+async fn a_vmm_that_is_killed_ends_all_its_containers_and_they_can_be_deleted() {
+    let host = Host::new().await;
+    let pod = json!({"io.containerd.runc.v2.group": "pod"});
+    host.bundle("one", &["/bin/sleep", "600"], &[], &pod);
+    host.bundle("two", &["/bin/sleep", "600"], &[], &pod);
+    let one = host.start("one").await;
+    let two = host.start("two").await;
+    for shim in [&one, &two] {
+        shim.create(&shim.request()).await.unwrap();
+        shim.start("").await.unwrap();
+    }
+    one.exec(&one.exec_request("e", &["/bin/sleep", "600"])).await.unwrap();
+    one.start("e").await.unwrap();
+    kill(one.state("").await.unwrap().pid);
+    for (shim, exec) in [(&one, "e"), (&one, ""), (&two, "")] {
+        assert_eq!(shim.wait(exec).await.unwrap(), 137);
+        assert_eq!(shim.status(exec).await, Status::STOPPED);
+    }
+    assert_eq!(two.kill("", SIGKILL).await.unwrap_err().0, Code::NOT_FOUND);
+    let told = host.events.until("exit one 137").await;
+    let place = |line: &str| told.iter().position(|told| told == line).unwrap();
+    assert!(place("exit e 137") < place("exit one 137"), "{told:?}");
+    let log = one.logged();
+    assert!(log.contains("level=error") && log.contains("the VMM was killed by signal 9"), "{log}");
+    two.delete("").await.unwrap();
+    one.finish(&host).await;
+}
+
+#[tokio::test]
+async fn a_guest_that_panics_says_so_in_the_log() {
+    let host = Host::new().await;
+    let shim = host.created("web", &["fake:panic"], &[]).await;
+    let (code, text) = shim.start("").await.unwrap_err();
+    assert_eq!(code, Code::UNAVAILABLE);
+    assert!(text.contains("the guest's kernel panicked"), "{text}");
+    assert_eq!(shim.wait("").await.unwrap(), 137);
+    let log = shim.logged();
+    assert!(log.contains("Kernel panic - not syncing: Fatal exception"), "{log}");
+    shim.finish(&host).await;
+}
+
+#[tokio::test]
+async fn a_shim_that_is_killed_takes_its_machine_along_and_delete_cleans_up() {
+    let host = Host::new().await;
+    let shim = host.running("web", &["/bin/sleep", "600"]).await;
+    let vmm = shim.state("").await.unwrap().pid;
+    kill(shim.connected().await.shim_pid);
+    until("the VMM ends", || !lives(vmm)).await;
+    let deleted = host.delete("web");
+    assert_eq!((deleted.pid, deleted.exit_status), (vmm, 137));
+    assert!(deleted.exited_at.seconds > 0);
+    assert_eq!(host.residue(), Vec::<PathBuf>::new());
+}
+
+#[tokio::test]
+async fn delete_kills_a_vmm_that_outlives_its_shim() {
+    let host = Host::new().await;
+    host.boots_like("survive");
+    let shim = host.running("web", &["/bin/sleep", "600"]).await;
+    let vmm = shim.state("").await.unwrap().pid;
+    kill(shim.connected().await.shim_pid);
+    host.delete("web");
+    until("the VMM ends", || !lives(vmm)).await;
+    assert_eq!(host.residue(), Vec::<PathBuf>::new());
+}
+
+#[tokio::test]
+async fn delete_ends_a_shim_that_hangs_with_its_container() {
+    let host = Host::new().await;
+    let shim = host.running("web", &["/bin/sleep", "600"]).await;
+    let (vmm, pid) = (shim.state("").await.unwrap().pid, shim.connected().await.shim_pid);
+    let stop = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    rustix::process::kill_process(stop, rustix::process::Signal::STOP).unwrap();
+    host.delete("web");
+    until("shim and VMM end", || !lives(vmm) && !lives(pid)).await;
+    assert_eq!(host.residue(), Vec::<PathBuf>::new());
+}
+
+#[tokio::test]
+async fn a_creation_that_hangs_can_be_looked_at_and_killed() {
+    let host = Host::new().await;
+    host.bundle("web", &["/bin/true"], &["FAKE_HANGS_IN_CREATE=1"], &json!({}));
+    let shim = host.start("web").await;
+    let request = shim.request();
+    let client = support::connect(&shim.address).await;
+    let creating =
+        tokio::spawn(async move { support::answer(client.create(support::ctx(), &request).await) });
+    until("the creation has begun", || {
+        fs::read_dir(host.path("run/.pods")).unwrap().flatten().any(|pod| pod.path().join("vsock").exists())
+    })
+    .await;
+    assert_eq!(shim.status("").await, Status::CREATED);
+    assert_eq!(shim.start("").await.unwrap_err().0, Code::FAILED_PRECONDITION);
+    assert_eq!(shim.kill("", 15).await.unwrap_err().0, Code::FAILED_PRECONDITION);
+    shim.kill("", SIGKILL).await.unwrap();
+    let (code, text) = creating.await.unwrap().unwrap_err();
+    assert_eq!(code, Code::CANCELLED, "{text}");
+    assert_eq!(shim.state("").await.unwrap_err().0, Code::NOT_FOUND);
+    assert_eq!(host.events.told(), Vec::<String>::new());
+    shim.shutdown().await;
+    host.delete("web");
+    assert_eq!(host.residue(), Vec::<PathBuf>::new());
+}
+
+#[tokio::test]
+async fn a_client_that_gives_up_its_creation_can_delete_what_comes_of_it() {
+    let host = Host::new().await;
+    host.bundle("web", &["/bin/true"], &["FAKE_HANGS_IN_CREATE=1"], &json!({}));
+    let shim = host.start("web").await;
+    let request = shim.request();
+    let client = support::connect(&shim.address).await;
+    let patience = ttrpc::context::with_duration(std::time::Duration::from_millis(300));
+    assert!(client.create(patience, &request).await.is_err());
+    shim.delete("").await.unwrap();
+    shim.shutdown().await;
+    host.delete("web");
+    assert_eq!(host.residue(), Vec::<PathBuf>::new());
+}
+
+#[tokio::test]
+async fn a_guest_that_does_not_take_a_sigkill_is_ended() {
+    let host = Host::new().await;
+    let shim = host.created("web", &["/bin/sleep", "600"], &["FAKE_DEAF=1"]).await;
+    shim.start("").await.unwrap();
+    shim.kill("", SIGKILL).await.unwrap();
+    assert_eq!(shim.wait("").await.unwrap(), 137);
+    shim.finish(&host).await;
+}
+
+#[tokio::test]
+async fn what_is_wrong_with_the_host_or_the_bundle_is_told_by_create() {
+    let host = Host::new().await;
+    let bundle = host.bundle("web", &["/bin/true"], &[], &json!({}));
+    let shim = host.start("web").await;
+    let refused = |request: api::CreateTaskRequest| {
+        let shim = &shim;
+        async move { shim.create(&request).await.unwrap_err() }
+    };
+    let unknown = api::Mount { type_: "zfs".into(), ..Default::default() };
+    let (code, text) = refused(api::CreateTaskRequest { rootfs: vec![unknown], ..shim.request() }).await;
+    assert_eq!(code, Code::INVALID_ARGUMENT, "{text}");
+    let (code, _) = refused(api::CreateTaskRequest { checkpoint: "/c".into(), ..shim.request() }).await;
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+
+    fs::write(host.path("config.toml"), "[defaults]\nmemroy = \"1G\"\n").unwrap();
+    let (code, text) = refused(shim.request()).await;
+    assert_eq!(code, Code::FAILED_PRECONDITION);
+    assert!(text.contains("config.toml") && text.contains("memroy"), "{text}");
+    fs::write(host.path("config.toml"), "[paths]\nkvm = \"/dev/null\"\n").unwrap();
+
+    fs::rename(host.path("share/vmlinux"), host.path("share/moved")).unwrap();
+    let (_, text) = refused(shim.request()).await;
+    assert!(text.contains("share/vmlinux") && text.contains("install Bulkhead completely"), "{text}");
+    fs::rename(host.path("share/moved"), host.path("share/vmlinux")).unwrap();
+
+    fs::write(bundle.join("config.json"), "{").unwrap();
+    let (code, text) = refused(shim.request()).await;
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(text.contains("config.json"), "{text}");
+    fs::remove_file(bundle.join("config.json")).unwrap();
+    assert_eq!(refused(shim.request()).await.0, Code::INVALID_ARGUMENT);
+    host.bundle_again("web");
+
+    let options = |type_url: &str, value: Vec<u8>| {
+        let any = Any { type_url: type_url.into(), value, ..Default::default() };
+        api::CreateTaskRequest { options: Some(any).into(), ..shim.request() }
+    };
+    let (code, _) = refused(options("runtimeoptions.v1.Options", vec![0xff])).await;
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    // After all of that, a good request is served by the same shim.
+    shim.create(&options("containerd.runc.v1.Options", vec![8, 1])).await.unwrap();
+    shim.finish(&host).await;
+}
+
+#[tokio::test]
+async fn without_anybody_who_takes_events_everything_else_goes_on() {
+    let host = Host::new().await;
+    host.bundle("web", &["/bin/sh", "-c", "exit 3"], &[], &json!({}));
+    let start = host
+        .shim(&["-namespace", NAMESPACE, "-id", "web", "start"])
+        .env_remove("TTRPC_ADDRESS")
+        .current_dir(host.path("bundles/web"))
+        .output()
+        .unwrap();
+    let address = String::from_utf8(start.stdout).unwrap();
+    let client = support::connect(&address).await;
+    let shim = support::Shim {
+        id: "web".into(),
+        root: host.path("root.erofs"),
+        bundle: host.path("bundles/web"),
+        address,
+        client,
+    };
+    shim.create(&shim.request()).await.unwrap();
+    shim.start("").await.unwrap();
+    assert_eq!(shim.wait("").await.unwrap(), 3);
+    shim.finish(&host).await;
+    assert_eq!(host.events.told(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn start_leaves_a_shim_of_its_own_that_only_root_can_speak_to() {
+    use std::os::unix::fs::MetadataExt;
+    let host = Host::new().await;
+    host.bundle("web", &["/bin/true"], &[], &json!({}));
+    let shim = host.start("web").await;
+    let socket = fs::metadata(shim.address.strip_prefix("unix://").unwrap()).unwrap();
+    assert_eq!(socket.mode() & 0o777, 0o600);
+    let pid = shim.connected().await.shim_pid;
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_ascii_whitespace().collect();
+    // Its own process group and session.
+    assert_eq!((fields[2], fields[3]), (pid.to_string().as_str(), pid.to_string().as_str()));
+    for (fd, target) in [(0, "/dev/null"), (1, "/dev/null"), (2, "log")] {
+        let link = fs::read_link(format!("/proc/{pid}/fd/{fd}")).unwrap();
+        assert!(link.to_str().unwrap().ends_with(target), "{fd}: {}", link.display());
+    }
+    // A second start of the same container finds it.
+    assert_eq!(String::from_utf8(host.start_output("web").stdout).unwrap(), shim.address);
+    shim.shutdown().await;
+    until("the shim ends", || !lives(pid)).await;
+    assert_eq!(host.residue(), Vec::<PathBuf>::new());
+}
+
+#[tokio::test]
+async fn a_containerd_that_sends_parameters_gets_version_three() {
+    use std::io::Write;
+    use std::process::Stdio;
+    let host = Host::new().await;
+    host.bundle("web", &["/bin/true"], &[], &json!({}));
+    let params = BootstrapParams {
+        instance_id: "web".into(),
+        namespace: NAMESPACE.into(),
+        socket_dir: Some(host.path("s").display().to_string()),
+        ..Default::default()
+    };
+    let mut start = host
+        .shim(&["-namespace", NAMESPACE, "-id", "web", "start"])
+        .current_dir(host.path("bundles/web"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    start.stdin.take().unwrap().write_all(&params.write_to_bytes().unwrap()).unwrap();
+    let output = start.wait_with_output().unwrap();
+    let reply: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&reply["version"], &reply["protocol"]), (&json!(3), &json!("ttrpc")));
+    let address = reply["address"].as_str().unwrap();
+    assert!(address.starts_with(&format!("unix://{}/", host.path("s").display())), "{address}");
+    let client = support::connect(address).await;
+    let shutdown = api::ShutdownRequest::default();
+    client.shutdown(support::ctx(), &shutdown).await.unwrap();
+    until("nothing is left", || host.residue().is_empty()).await;
+}
+
+#[tokio::test]
+async fn whoever_runs_it_by_hand_learns_what_it_is() {
+    let host = Host::new().await;
+    let run = |args: &[&str]| host.shim(args).output().unwrap();
+    let version = run(&["-v"]);
+    assert!(String::from_utf8(version.stdout).unwrap().contains(env!("CARGO_PKG_VERSION")));
+    let help = run(&["--help"]);
+    assert!(help.status.success());
+    assert!(String::from_utf8(help.stdout).unwrap().contains("io.containerd.bulkhead.v2"));
+    let nothing = run(&[]);
+    assert_eq!(nothing.status.code(), Some(2));
+    assert!(String::from_utf8(nothing.stderr).unwrap().contains("no action"));
+    let info = RuntimeInfo::parse_from_bytes(&run(&["-info"]).stdout).unwrap();
+    assert_eq!(info.name, "io.containerd.bulkhead.v2");
+    // A bundle without a configuration.
+    let start =
+        host.shim(&["-namespace", "n", "-id", "i", "start"]).current_dir(host.path("run")).output().unwrap();
+    assert!(!start.status.success() && start.stdout.is_empty());
+    assert!(String::from_utf8(start.stderr).unwrap().contains("config.json"));
+}
+
+#[tokio::test]
+async fn a_shim_that_is_terminated_tells_of_its_containers_ends() {
+    let host = Host::new().await;
+    let shim = host.running("web", &["/bin/sleep", "600"]).await;
+    let pid = shim.connected().await.shim_pid;
+    assert!(Command::new("kill").arg(pid.to_string()).status().unwrap().success());
+    host.events.until("exit web 137").await;
+    until("the shim ends", || !lives(pid)).await;
+    host.delete("web");
+    assert_eq!(host.residue(), Vec::<PathBuf>::new());
+}
