@@ -69,7 +69,7 @@ fn exec() -> Result {
 fn last_exit() -> Result {
     let events = Events::listen()?;
     let container = in_background("host", &[], &["sleep", "1000"])?;
-    expect_code(&container.exec_command("extra", &["--detach"], &["sleep", "2000"]).output()?, 0)?;
+    container.exec_in_background("extra", &["sleep", "2000"])?;
     container.kill("KILL")?;
     container.wait()?;
     container.delete()?;

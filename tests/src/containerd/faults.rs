@@ -55,7 +55,7 @@ fn only(name: &str, word: &str) -> Result<u32> {
 fn process_killed() -> Result {
     let events = Events::listen()?;
     let container = in_background("beheaded", &[], &["sleep", "1000"])?;
-    expect_code(&container.exec_command("extra", &["--detach"], &["sleep", "2000"]).output()?, 0)?;
+    container.exec_in_background("extra", &["sleep", "2000"])?;
     let pid = tasks()?.remove("beheaded").ok_or("no task")?.0;
     signal(pid, Signal::SIGKILL)?;
     let code = container.wait()?;
@@ -148,7 +148,9 @@ fn full_disk() -> Result {
     busybox_tree(&tree)?;
     let root = tree.to_str().ok_or("a temporary directory")?;
     let script = "dd if=/dev/zero of=/file bs=64k; rm /file && echo x >/file && cat /file";
-    let output = run_command("once", &["--rm", "--rootfs", root], &["sh", "-c", script])?.output()?;
+    let output =
+        run_command("once", &["--rm", "--env", "PATH=/bin", "--rootfs", root], &["sh", "-c", script])?
+            .output()?;
     expect_code(&output, 0)?;
     ensure(stderr(&output).contains("No space left on device"), || format!("{output:?}"))?;
     ensure(stdout(&output) == "x\n", || format!("{output:?}"))

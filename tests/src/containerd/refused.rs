@@ -65,7 +65,7 @@ fn taken() -> Result {
     let output = container.task("start", &[]).output()?;
     expect_code(&output, 1)?;
     expect_words(&stderr(&output), &["already exists"])?;
-    expect_code(&container.exec_command("extra", &["--detach"], &["sleep", "2000"]).output()?, 0)?;
+    container.exec_in_background("extra", &["sleep", "2000"])?;
     let output = container.exec(&["true"])?;
     expect_code(&output, 1)?;
     expect_words(&stderr(&output), &["already exists"])?;

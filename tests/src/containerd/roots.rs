@@ -85,7 +85,9 @@ fn directory() -> Result {
     std::fs::write(tree.join("from-host"), "host\n")?;
     let root = tree.to_str().ok_or("a temporary directory")?;
     let script = "cat /from-host; echo container >/from-container";
-    let output = run_command("once", &["--rm", "--rootfs", root], &["sh", "-c", script])?.output()?;
+    let output =
+        run_command("once", &["--rm", "--env", "PATH=/bin", "--rootfs", root], &["sh", "-c", script])?
+            .output()?;
     expect_code(&output, 0)?;
     let written = std::fs::read_to_string(tree.join("from-container"))?;
     ensure(stdout(&output) == "host\n" && written == "container\n", || format!("{output:?}, {written:?}"))

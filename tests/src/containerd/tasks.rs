@@ -65,8 +65,7 @@ fn exec_terminal() -> Result {
 
 fn exec_killed() -> Result {
     let container = in_background("host", &[], &["sleep", "1000"])?;
-    let started = container.exec_command("extra", &["--detach"], &["sleep", "2000"]).output()?;
-    expect_code(&started, 0)?;
+    container.exec_in_background("extra", &["sleep", "2000"])?;
     expect_code(&container.task("kill", &["--signal", "TERM", "--exec-id", "extra"]).output()?, 0)?;
     let shim = container.shim()?;
     let code = shim.wait(container.id(), "extra")?;

@@ -55,9 +55,14 @@ pub fn image() -> Result {
 
 /// `ctr run` of a command in a new container. `options` go before the image.
 pub fn run_command(id: &str, options: &[&str], command: &[&str]) -> Result<Command> {
+    ctr_run(&runtime(), id, options, command)
+}
+
+/// The same with any runtime.
+pub fn ctr_run(runtime: &str, id: &str, options: &[&str], command: &[&str]) -> Result<Command> {
     image()?;
     let root: &[&str] = if options.contains(&"--rootfs") { &[] } else { &[IMAGE] };
-    Ok(ctr([&["run", "--runtime", &runtime()], options, root, &[id], command].concat()))
+    Ok(ctr([&["run", "--runtime", runtime], options, root, &[id], command].concat()))
 }
 
 /// Runs a command in a container that is removed afterwards.
@@ -76,7 +81,12 @@ pub struct Container(String);
 
 /// Leaves a command running in a container. What it writes is read by nobody unless somebody attaches.
 pub fn in_background(id: &str, options: &[&str], command: &[&str]) -> Result<Container> {
-    expect_code(&run_command(id, &[&["--detach"], options].concat(), command)?.output()?, 0)?;
+    in_background_of(&runtime(), id, options, command)
+}
+
+/// The same with any runtime.
+pub fn in_background_of(runtime: &str, id: &str, options: &[&str], command: &[&str]) -> Result<Container> {
+    expect_code(&ctr_run(runtime, id, &[&["--detach"], options].concat(), command)?.output()?, 0)?;
     Ok(Container(id.to_owned()))
 }
 
@@ -94,6 +104,15 @@ impl Container {
     /// A command in it.
     pub fn exec_command(&self, exec: &str, options: &[&str], command: &[&str]) -> Command {
         ctr([&["task", "exec", "--exec-id", exec], options, &[&self.0], command].concat())
+    }
+
+    /// Leaves a command running in it. `ctr` does not remove the pipes of such a one, so they have a place of their own.
+    pub fn exec_in_background(&self, exec: &str, command: &[&str]) -> Result {
+        let pipes = directory().join("pipes");
+        std::fs::create_dir_all(&pipes)?;
+        let pipes = pipes.to_str().ok_or("a temporary directory")?;
+        let options = ["--detach", "--fifo-dir", pipes];
+        expect_code(&self.exec_command(exec, &options, command).output()?, 0)
     }
 
     /// Runs a command in it.
