@@ -147,7 +147,7 @@ fn refuse(bundle: &Bundle, change: impl FnOnce(&mut CreateTaskRequest)) -> Resul
 
 fn missing_bundle() -> Result {
     let bundle = Bundle::new("nowhere", &["true"])?;
-    refuse(&bundle, |request| request.bundle = "/nothing/like/it".to_owned())
+    refuse(&bundle, |request| "/nothing/like/it".clone_into(&mut request.bundle))
 }
 
 fn broken_config() -> Result {

@@ -4,9 +4,9 @@ use std::fs::read_to_string;
 use std::path::Path;
 
 use containerd_shim_protos::api::{
-    CreateTaskRequest, CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest,
-    KillRequest, PidsRequest, PidsResponse, ShutdownRequest, StartRequest, StartResponse, StateRequest,
-    StateResponse, WaitRequest, WaitResponse,
+    CloseIORequest, CreateTaskRequest, CreateTaskResponse, DeleteRequest, DeleteResponse, Empty,
+    ExecProcessRequest, KillRequest, PidsRequest, PidsResponse, ShutdownRequest, StartRequest, StartResponse,
+    StateRequest, StateResponse, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Enum, Message, MessageField};
@@ -119,6 +119,12 @@ impl Shim {
             ..ExecProcessRequest::default()
         };
         self.call::<Empty>("Exec", &request).map(drop)
+    }
+
+    /// Says that no more input comes.
+    pub fn close_stdin(&self, id: &str) -> ttrpc::Result<()> {
+        let request = CloseIORequest { id: id.into(), stdin: true, ..CloseIORequest::default() };
+        self.call::<Empty>("CloseIO", &request).map(drop)
     }
 
     pub fn shutdown(&self, id: &str) -> ttrpc::Result<()> {
