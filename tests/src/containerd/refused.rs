@@ -76,7 +76,7 @@ fn taken() -> Result {
 fn created(id: &str, program: &[&str]) -> Result<(Bundle, Shim)> {
     let bundle = Bundle::new(id, program)?;
     let shim = bundle.start_shim()?;
-    shim.create(&bundle.request())?;
+    shim.create(&bundle.request()).map_err(|error| format!("create: {error}; {}", bundle.log()))?;
     Ok((bundle, shim))
 }
 
@@ -186,7 +186,9 @@ fn failing_hook() -> Result {
 }
 
 fn cleanup() -> Result {
-    let bundle = Bundle::new("nobody", &["true"])?;
+    let (bundle, shim) = created("nobody", &["true"])?;
+    shim.delete("nobody", "")?;
+    shim.shutdown("nobody")?;
     for _ in 0..2 {
         expect_code(&bundle.delete()?, 0)?;
     }

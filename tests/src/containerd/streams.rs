@@ -70,8 +70,8 @@ fn log_file() -> Result {
 fn log_program() -> Result {
     let directory = tempfile::tempdir()?;
     let (program, log) = (directory.path().join("logger"), directory.path().join("log"));
-    // Descriptors 3 and 4 are the streams; the end of file on 5 says that the logger is ready.
-    let script = "#!/bin/sh\nexec 5>&-\n{ echo $CONTAINER_ID $CONTAINER_NAMESPACE $1 $2; cat <&3; cat <&4; } >$2.new\nmv $2.new $2\n";
+    // Descriptors 3 and 4 are the streams; the end of file on 5 says that the logger is ready. It is sent TERM at the end.
+    let script = "#!/bin/sh\ntrap '' TERM\nexec 5>&-\n{ echo $CONTAINER_ID $CONTAINER_NAMESPACE $1 $2; cat <&3; cat <&4; } >$2.new\nmv $2.new $2\n";
     std::fs::write(&program, script)?;
     std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     let target = format!("binary://{}?path={}", program.display(), log.display());

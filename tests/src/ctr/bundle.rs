@@ -1,8 +1,10 @@
 //! A bundle and a shim that the test starts itself, as containerd does, for what containerd would not let through.
 
-use std::fs::{create_dir, write};
+use std::fs::{File, create_dir, write};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::{Arc, Mutex, PoisonError};
 
 pub use containerd_shim_protos::api::{CreateTaskRequest, Mount};
 use serde_json::{Value, json};
@@ -14,8 +16,13 @@ use crate::vm::{Result, artifact};
 
 /// A directory with `config.json` and a root, which is busybox.
 pub struct Bundle {
-    directory: tempfile::TempDir,
+    /// Holds the bundle under the task's name, as containerd has it and runc's shim relies on.
+    _parent: tempfile::TempDir,
+    path: PathBuf,
     id: String,
+    /// The pipe for the shim's log has a writer as long as the bundle is there, so that its reader does not end before the shim begins.
+    _log: File,
+    logged: Arc<Mutex<String>>,
 }
 
 impl Bundle {
@@ -26,14 +33,34 @@ impl Bundle {
 
     /// Makes one in a new directory of this one.
     pub fn below(parent: &Path, id: &str, program: &[&str]) -> Result<Self> {
-        let bundle = Self { directory: tempfile::tempdir_in(parent)?, id: id.to_owned() };
+        let parent = tempfile::tempdir_in(parent)?;
+        let path = parent.path().join(id);
+        create_dir(&path)?;
+        let pipe = path.join("log");
+        super::fifo::make(&pipe)?;
+        let log = File::options().read(true).write(true).open(&pipe)?;
+        let logged = Arc::new(Mutex::new(String::new()));
+        let (lines, said) = (BufReader::new(File::open(&pipe)?).lines(), Arc::clone(&logged));
+        std::thread::spawn(move || {
+            for line in lines.map_while(std::result::Result::ok) {
+                let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
+                *said += &line;
+                said.push('\n');
+            }
+        });
+        let bundle = Self { _parent: parent, path, id: id.to_owned(), _log: log, logged };
         busybox_tree(&bundle.path().join("rootfs"))?;
         bundle.configure(&spec(id, program))?;
         Ok(bundle)
     }
 
     pub fn path(&self) -> &Path {
-        self.directory.path()
+        &self.path
+    }
+
+    /// What its shim has logged.
+    pub fn log(&self) -> String {
+        self.logged.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub fn id(&self) -> &str {
