@@ -53,7 +53,11 @@ fn shims() -> Result<usize> {
 
 fn shared() -> Result {
     let pod = sandbox("pod")?;
-    let server = member("pod", "server", &["sh", "-c", "echo mine >/file; nc -lk -p 80 -e cat /file"])?;
+    let server = member(
+        "pod",
+        "server",
+        &["sh", "-c", "echo mine >/file; while :; do nc -l -p 80 -e cat /file; done"],
+    )?;
     let client = member("pod", "client", &["sleep", "1000"])?;
     let (shims, machines) = (shims()?, processes_called("bulkhead-vmm", "--control-fd")?.len());
     ensure(shims == 1 && (is_runc() || machines == 1), || format!("{shims} shims, {machines} machines"))?;
