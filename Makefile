@@ -79,7 +79,7 @@ faulty-agent: stage
 
 # The same, and the suite, the benchmarks and what they need.
 test-stage: tests faulty-agent
-	@install -t $(stage)/usr/local/libexec/bulkhead-tests $(binaries)/lab-suite $(binaries)/lab-bench \
+	@install -t $(stage)/usr/local/libexec/bulkhead-tests $(binaries)/lab-suite $(binaries)/lab-bench $(binaries)/containerd-suite \
 	  $(artifacts)/bulkhead-agent-faulty
 
 demo: stage

@@ -30,6 +30,19 @@ choose_machine() {
   fi
 }
 
+# containerd_suites [OPTION...]: the suite of the containerd runtime, in the lab with both versions of containerd. Uses count.sh.
+containerd_suites() {
+  local program=/usr/local/libexec/bulkhead-tests/containerd-suite
+  if [[ $where == lab ]]; then
+    suite "containerd 1.7" with_kvm $program "$@"
+    BULKHEAD_LAB_RELEASE=forky suite "containerd 2.1" with_kvm $program "$@"
+  elif command -v containerd >/dev/null; then
+    suite "containerd" with_kvm $program "$@"
+  else
+    skipped "containerd" "it is not installed"
+  fi
+}
+
 # with_kvm COMMAND...: runs a command, given by its path in the stage, where KVM is.
 with_kvm() {
   if [[ $where == here ]]; then
@@ -37,6 +50,6 @@ with_kvm() {
     shift
     BULKHEAD_PREFIX=$stage/usr/local PATH=$stage/usr/local/bin:$PATH "$stage$command" "$@"
   else
-    BULKHEAD_ARTIFACTS=$stage tests/lab/lab run "$@"
+    BULKHEAD_ARTIFACTS=$stage tests/lab/lab run env BULKHEAD_RUNTIME="${BULKHEAD_RUNTIME:-io.containerd.bulkhead.v2}" "$@"
   fi
 }

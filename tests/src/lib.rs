@@ -5,8 +5,11 @@
 pub mod bulkhead;
 pub mod checksum;
 pub mod container;
+pub mod ctr;
 pub mod elf;
 pub mod files;
 pub mod layout;
 pub mod residue;
+pub mod retry;
+pub mod terminal;
 pub mod vm;

@@ -19,7 +19,7 @@ pub struct Before {
 impl Before {
     /// Looks around.
     pub fn look() -> Result<Self> {
-        Ok(Self { processes: processes()?, mounts: mounts()? })
+        Ok(Self { processes: processes(&OWN)?, mounts: mounts()? })
     }
 
     /// Waits until there is no more than before: a VMM may outlive its launcher by the time that its machine takes to be torn
@@ -35,7 +35,7 @@ impl Before {
 
     fn left(&self) -> Result<Vec<String>> {
         let mut left: Vec<String> =
-            processes()?.difference(&self.processes).map(|pid| format!("process {pid}")).collect();
+            processes(&OWN)?.difference(&self.processes).map(|pid| format!("process {pid}")).collect();
         left.extend(mounts()?.difference(&self.mounts).map(|mount| format!("mount {mount}")));
         let (run, data) = (run_directory(), data_directory());
         left.extend(
@@ -71,17 +71,20 @@ pub fn entries(directory: &Path) -> Result<Vec<String>> {
     }
 }
 
-/// Launchers and VMMs that have not ended.
-fn processes() -> Result<BTreeSet<u32>> {
+/// Launchers and VMMs.
+const OWN: [&str; 2] = ["bulkhead", "bulkhead-vmm"];
+
+/// The processes of these names that have not ended.
+pub(crate) fn processes(names: &[&str]) -> Result<BTreeSet<u32>> {
     let pids = entries(Path::new("/proc"))?.into_iter().filter_map(|name| name.parse().ok());
     let ours = |pid: &u32| {
         let stat = read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         let zombie = stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('Z'));
-        !zombie && (stat.contains("(bulkhead)") || stat.contains("(bulkhead-vmm)"))
+        !zombie && names.iter().any(|name| stat.contains(&format!("({name})")))
     };
     Ok(pids.filter(ours).collect())
 }
 
-fn mounts() -> Result<BTreeSet<String>> {
+pub(crate) fn mounts() -> Result<BTreeSet<String>> {
     Ok(read_to_string("/proc/self/mountinfo")?.lines().map(str::to_owned).collect())
 }

@@ -34,11 +34,13 @@ debian_mirror() {
   echo "$mirror"
 }
 
-# debian_tree DIR PACKAGES [OPTION...]: unpacks Debian trixie in DIR. In namespaces of its own, so that a killed build
-# leaves no mount and no process behind.
+# debian_tree RELEASE DIR PACKAGES [OPTION...]: unpacks a release of Debian in DIR. In namespaces of its own, so that a killed
+# build leaves no mount and no process behind.
 debian_tree() {
-  local dir=$1 packages=$2 mirror=${BULKHEAD_MIRROR:-}
-  shift 2
+  local release=$1 dir=$2 packages=$3 mirror=${BULKHEAD_MIRROR:-}
+  shift 3
+  # A mirror's copy of what is not released yet may be older than its index says that it is good for.
+  [[ $release == trixie ]] || set -- --aptopt='Acquire::Check-Valid-Until "false"' "$@"
   [[ -n $mirror ]] || mirror=$(debian_mirror)
   ((EUID == 0)) || die "building an image takes root"
   [[ -e /usr/share/keyrings/debian-archive-keyring.gpg ]] || die "missing: debian-archive-keyring"
@@ -47,7 +49,7 @@ debian_tree() {
   setpriv --pdeathsig KILL unshare --mount --propagation unchanged --pid --fork --kill-child \
     sh -c 'mount --make-rprivate / 2>/dev/null; exec "$@"' - \
     mmdebstrap --quiet --mode=root --format=directory ${packages:+--include="$packages"} "$@" \
-    trixie "$dir" "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror trixie main"
+    "$release" "$dir" "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $release main"
 }
 
 # cached ENTRY BUILDER: prints the directory ENTRY of the cache, made by BUILDER DIR if it is not there yet. Whoever

@@ -1,4 +1,4 @@
-# The disk image: Debian trixie as a raw ext4 file, its kernel, initial RAM disk and key beside it.
+# The disk image: Debian as a raw ext4 file, its kernel, initial RAM disk and key beside it.
 # shellcheck shell=bash disable=SC2154
 
 # Hardware that the emulated machine lacks, and documents: two thirds of the size.
@@ -11,15 +11,15 @@ left_out=(
 )
 
 lab_image() {
-  cached "lab/$(hash_of "$here/recipe" "$here/lib/"{common,image}.sh)" build_lab_image
+  cached "lab/$release-$(hash_of "$here/recipe" "$here/lib/"{common,image}.sh)" build_lab_image
 }
 
 build_lab_image() {
   local dir=$1 packages
   need mmdebstrap mkfs.ext4 ssh-keygen unshare setpriv
-  say "building the lab's image (about a minute)"
+  say "building the lab's image of Debian $release (about a minute)"
   packages=$(sed 's/#.*//' "$here/recipe/packages" | xargs | tr ' ' ,)
-  debian_tree "$dir/root" "$packages" --variant=essential \
+  debian_tree "$release" "$dir/root" "$packages" --variant=essential \
     "${left_out[@]/#/--dpkgopt=path-exclude=}" --customize-hook="$here/recipe/customize \"\$1\""
   mv "$dir"/root/boot/{vmlinuz,initrd,key} "$dir"
   truncate -s 16G "$dir/root.img"

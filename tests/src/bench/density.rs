@@ -14,7 +14,7 @@ use crate::report::{Bar, Row};
 const FIRST: Range<u64> = 0..10;
 const FURTHER: Range<u64> = 10..20;
 /// How long the last one may take to come to rest, its free pages reported. An idle lab's clock jumps: nobody waits for it.
-const SETTLE: Duration = Duration::from_secs(10);
+pub(crate) const SETTLE: Duration = Duration::from_secs(10);
 
 pub(crate) fn measure() -> Result<Vec<Row>> {
     image("busybox")?;
@@ -43,7 +43,7 @@ fn name(number: u64) -> String {
 }
 
 /// `MemAvailable` of the host, in bytes.
-fn available() -> Result<u64> {
+pub(crate) fn available() -> Result<u64> {
     let text = std::fs::read_to_string("/proc/meminfo")?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let kib = line.and_then(|line| line.trim().strip_suffix(" kB")).ok_or("no MemAvailable")?;

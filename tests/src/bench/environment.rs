@@ -26,6 +26,8 @@ pub(crate) fn describe() -> Result<Value> {
         "bulkhead": stdout_of(&mut bulkhead(["version"]))?.lines().map(columns).collect::<Value>(),
         "qemu": version(QEMU)?,
         "crun": version("crun")?,
+        "containerd": version("containerd")?,
+        "runtime": bulkhead_tests::ctr::runtime(),
         "runs": RUNS,
     }))
 }

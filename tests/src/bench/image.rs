@@ -53,7 +53,7 @@ pub(crate) fn make(directory: &Path) -> Result<PathBuf> {
 }
 
 /// Bytes that no file system stores in less than their size.
-fn write_data(path: &Path) -> Result {
+pub(crate) fn write_data(path: &Path) -> Result {
     let mut file = BufWriter::new(File::create(path)?);
     let mut state = SEED;
     for _ in 0..DATA_SIZE / size_of::<u64>() {

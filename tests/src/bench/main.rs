@@ -3,6 +3,7 @@
 //! standard output.
 
 mod boot;
+mod containerd;
 mod crun;
 mod density;
 mod environment;
@@ -21,6 +22,7 @@ use std::cell::OnceCell;
 use std::path::Path;
 
 use bulkhead_tests::bulkhead;
+use bulkhead_tests::ctr;
 use bulkhead_tests::vm::Result;
 
 use crun::Bundle;
@@ -33,8 +35,14 @@ fn main() -> Result {
     {
         return read::read_twice(Path::new(path), rest.iter().any(|word| word == read::USED));
     }
+    if let [verb, path] = arguments.as_slice()
+        && verb == containerd::FIND
+    {
+        return containerd::find_twice(Path::new(path));
+    }
     let measured = measure(&arguments);
     bulkhead::clean_up();
+    ctr::stop();
     measured
 }
 
@@ -65,6 +73,7 @@ fn measure(subjects: &[String]) -> Result {
     say("run", &|| run::measure(bundle()?))?;
     say("exec", &|| exec::measure(bundle()?))?;
     say("read", &|| read::measure(bundle()?))?;
+    say("containerd", &containerd::measure)?;
     eprint!("{}", report::verdict(&rows));
     println!("{:#}", report::document(&environment::describe()?, &rows));
     Ok(())

@@ -43,7 +43,7 @@ pub(crate) fn measure(bundle: &Bundle) -> Result<Vec<Row>> {
 }
 
 /// What the reader in a container says.
-fn read_times(command: &mut Command) -> Result<[Duration; 2]> {
+pub(crate) fn read_times(command: &mut Command) -> Result<[Duration; 2]> {
     let text = stdout_of(command)?;
     let times =
         text.lines().map(|line| Ok(Duration::from_nanos(line.parse()?))).collect::<Result<Vec<_>>>()?;

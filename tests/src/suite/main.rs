@@ -14,7 +14,7 @@ mod streams;
 mod terminal;
 
 use bulkhead_tests::residue::{self, Before};
-use bulkhead_tests::vm;
+use bulkhead_tests::{retry, vm};
 use libtest_mimic::{Arguments, Trial};
 
 fn main() {
@@ -40,24 +40,10 @@ fn main() {
     conclusion.exit();
 }
 
-/// What the lab's QEMU does to a guest now and then, which is no fault of the guest's (docs/lab.md), in the words of those who notice.
-const LOST_IN_THE_LAB: [&str; 4] = ["triple fault", "TripleFault", "does not answer within", vm::SILENT];
-
 /// A test under the name of the behaviour that it checks. It fails, too, when it leaves something behind.
 fn trial(name: &str, test: fn() -> vm::Result) -> Trial {
-    let again = format!("once more, because the lab lost the guest: {name}");
-    Trial::test(name, move || match checked(test).map_err(|error| error.to_string()) {
-        Err(error) if in_lab() && LOST_IN_THE_LAB.iter().any(|lost| error.contains(lost)) => {
-            eprintln!("\n{again}: {error}");
-            checked(test).map_err(|error| error.to_string().into())
-        }
-        result => result.map_err(Into::into),
-    })
-}
-
-/// True in the lab, whose kernel is told so. On any other machine a test has one try.
-fn in_lab() -> bool {
-    std::fs::read_to_string("/proc/cmdline").is_ok_and(|cmdline| cmdline.contains("lab.boot="))
+    let again = name.to_owned();
+    Trial::test(name, move || retry::unless_lost(&again, || checked(test)).map_err(Into::into))
 }
 
 /// The same for a test that takes minutes: `make soak` runs it.

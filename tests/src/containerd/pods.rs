@@ -1,0 +1,93 @@
+//! Several containers of one pod.
+
+use bulkhead_tests::bulkhead::{expect_code, stdout};
+use bulkhead_tests::ctr::{Container, NAMESPACE, in_background, is_runc, processes_called, status, tasks};
+use bulkhead_tests::vm::{Result, ensure};
+use libtest_mimic::Trial;
+
+use crate::trial;
+
+pub(crate) fn tests() -> Vec<Trial> {
+    vec![
+        trial("pods: containers of a pod share a shim, a network and a hostname, not a root", shared),
+        trial("pods: a container of a pod ends and is deleted without the others", one_ends),
+        trial("pods: a container joins after another one has gone", joins_later),
+    ]
+}
+
+/// The container that holds a pod together, as Kubernetes makes it.
+fn sandbox(id: &str) -> Result<Container> {
+    let options = [
+        "--annotation",
+        "io.kubernetes.cri.container-type=sandbox",
+        "--annotation",
+        &format!("io.kubernetes.cri.sandbox-id={id}"),
+        "--hostname",
+        "pod",
+    ];
+    in_background(id, &options, &["sleep", "1000"])
+}
+
+/// One more container of the pod.
+fn member(pod: &str, id: &str, program: &[&str]) -> Result<Container> {
+    let pid = tasks()?.remove(pod).ok_or("no pod")?.0;
+    let joined = |kind: &str, file: &str| format!("{kind}:/proc/{pid}/ns/{file}");
+    let options = [
+        "--annotation",
+        "io.kubernetes.cri.container-type=container",
+        "--annotation",
+        &format!("io.kubernetes.cri.sandbox-id={pod}"),
+        "--with-ns",
+        &joined("network", "net"),
+        "--with-ns",
+        &joined("ipc", "ipc"),
+        "--with-ns",
+        &joined("uts", "uts"),
+    ];
+    in_background(id, &options, program)
+}
+
+fn shims() -> Result<usize> {
+    Ok(processes_called("containerd-shim", NAMESPACE)?.len())
+}
+
+fn shared() -> Result {
+    let pod = sandbox("pod")?;
+    let server = member(
+        "pod",
+        "server",
+        &["sh", "-c", "echo mine >/file; while :; do nc -l -p 80 -e cat /file; done"],
+    )?;
+    let client = member("pod", "client", &["sleep", "1000"])?;
+    let (shims, machines) = (shims()?, processes_called("bulkhead-vmm", "--control-fd")?.len());
+    ensure(shims == 1 && (is_runc() || machines == 1), || format!("{shims} shims, {machines} machines"))?;
+    let script = "timeout 60 sh -c 'until nc 127.0.0.1 80 2>/dev/null; do sleep 0.1; done'; test ! -e /file && hostname";
+    let output = client.exec(&["sh", "-c", script])?;
+    ensure(stdout(&output) == "mine\npod\n", || format!("{output:?}"))?;
+    for container in [client, server, pod] {
+        container.end()?;
+    }
+    Ok(())
+}
+
+fn one_ends() -> Result {
+    let pod = sandbox("pod")?;
+    let short = member("pod", "short", &["sh", "-c", "exit 3"])?;
+    let code = short.wait()?;
+    ensure(code == 3, || format!("exit code {code}"))?;
+    short.delete()?;
+    ensure(status("pod")? == "RUNNING", || "the pod has ended, too".to_owned())?;
+    expect_code(&pod.exec(&["true"])?, 0)?;
+    pod.end()
+}
+
+fn joins_later() -> Result {
+    let pod = sandbox("pod")?;
+    for id in ["first", "second"] {
+        let container = member("pod", id, &["sleep", "1000"])?;
+        expect_code(&container.exec(&["true"])?, 0)?;
+        container.end()?;
+    }
+    ensure(shims()? == 1, || "more than one shim".to_owned())?;
+    pod.end()
+}

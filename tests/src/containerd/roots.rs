@@ -1,0 +1,94 @@
+//! A container's root, whichever snapshotter has made it.
+
+use bulkhead_tests::bulkhead::{expect_code, stderr, stdout};
+use bulkhead_tests::ctr::{Container, ctr, in_background, run, run_command};
+use bulkhead_tests::files::busybox_tree;
+use bulkhead_tests::vm::{Result, ensure};
+use libtest_mimic::Trial;
+
+use crate::trial;
+
+type Test = fn(&'static str) -> Result;
+
+const EACH: [(&str, Test); 5] = [
+    ("a command runs and its exit code is ctr's", exit_codes),
+    ("what a container writes is its own, with owners, modes, links and attributes", own_writes),
+    ("a read-only root cannot be written", read_only),
+    ("a container that is started again finds what it wrote", started_again),
+    ("a file of many megabytes is read as it was written", large_file),
+];
+
+pub(crate) fn tests(snapshotters: &[&'static str]) -> Vec<Trial> {
+    let each = snapshotters.iter().flat_map(|snapshotter| {
+        EACH.map(|(name, test)| {
+            let snapshotter: &'static str = snapshotter;
+            trial(format!("{snapshotter}: {name}"), move || test(snapshotter))
+        })
+    });
+    each.chain([trial("rootfs: a directory of the host is a root, and both see what is written", directory)])
+        .collect()
+}
+
+fn exit_codes(snapshotter: &'static str) -> Result {
+    let options = ["--snapshotter", snapshotter];
+    let output = run(&options, &["echo", "said"])?;
+    expect_code(&output, 0)?;
+    ensure(stdout(&output) == "said\n" && output.stderr.is_empty(), || format!("{output:?}"))?;
+    expect_code(&run(&options, &["sh", "-c", "exit 7"])?, 7)
+}
+
+fn own_writes(snapshotter: &'static str) -> Result {
+    let options = ["--snapshotter", snapshotter];
+    let script = "mkdir /new && echo text >/new/file && chown 12:34 /new/file && chmod 4751 /new/file && \
+                  ln /new/file /new/hard && ln -s file /new/soft && mkfifo /new/pipe && \
+                  rm /bin/vi && echo more >>/etc/passwd && mv /new /moved && \
+                  stat -c '%u:%g %a %h' /moved/file && cat /moved/soft && tail -n 1 /etc/passwd && \
+                  test -p /moved/pipe && test ! -e /bin/vi && test ! -e /new && echo whole";
+    let output = run(&options, &["sh", "-c", script])?;
+    ensure(stdout(&output) == "12:34 4751 2\ntext\nmore\nwhole\n", || format!("{output:?}"))?;
+    let output = run(&options, &["sh", "-c", "ls -d /moved; tail -n 1 /etc/passwd; ls /bin/vi"])?;
+    ensure(stdout(&output).starts_with("nobody:") && stdout(&output).ends_with("/bin/vi\n"), || {
+        format!("the image was changed: {output:?}")
+    })
+}
+
+fn read_only(snapshotter: &'static str) -> Result {
+    let output = run(&["--snapshotter", snapshotter, "--read-only"], &["sh", "-c", "echo x >/file"])?;
+    expect_code(&output, 1)?;
+    ensure(stderr(&output).contains("Read-only file system"), || stderr(&output))
+}
+
+fn started_again(snapshotter: &'static str) -> Result {
+    let script = "echo once more >>/file; cat /file >/proc/1/fd/1; exit $(wc -l </file)";
+    let container: Container =
+        in_background("again", &["--snapshotter", snapshotter], &["sh", "-c", script])?;
+    let first = container.wait()?;
+    container.delete_task()?;
+    let output = ctr(["task", "start", container.id()]).output()?;
+    expect_code(&output, 2)?;
+    ensure(first == 1 && stdout(&output) == "once more\nonce more\n", || format!("{first}: {output:?}"))?;
+    expect_code(&ctr(["container", "delete", container.id()]).output()?, 0)
+}
+
+fn large_file(snapshotter: &'static str) -> Result {
+    let script = "seq 1 1500000 >/file && stat -c %s /file && md5sum </file && cp /file /copy && cmp /file /copy && echo same";
+    let output = run(&["--snapshotter", snapshotter], &["sh", "-c", script])?;
+    expect_code(&output, 0)?;
+    let expected = "10888896\n01b2a23e74272b44e6745c851c2462da  -\nsame\n";
+    ensure(stdout(&output) == expected, || format!("{output:?}"))
+}
+
+fn directory() -> Result {
+    let directory = tempfile::tempdir()?;
+    let tree = directory.path().join("tree");
+    busybox_tree(&tree)?;
+    std::fs::write(tree.join("from-host"), "host\n")?;
+    let root = tree.to_str().ok_or("a temporary directory")?;
+    let script = "cat /from-host; echo container >/from-container";
+    let output =
+        run_command("once", &["--rm", "--env", "PATH=/bin", "--rootfs", root], &["sh", "-c", script])?
+            .output()?;
+    expect_code(&output, 0)?;
+    let written = std::fs::read_to_string(tree.join("from-container"))?;
+    ensure(stdout(&output) == "host\n" && written == "container\n", || format!("{output:?}, {written:?}"))
+}
