@@ -81,10 +81,7 @@ fn file_server_killed() -> Result {
 }
 
 fn shim_killed() -> Result {
-    // Of a task that is gone, ctr does not remove the pipes: they have a place of their own.
-    let pipes = tempfile::tempdir()?;
-    let options = ["--fifo-dir", pipes.path().to_str().ok_or("a temporary directory")?];
-    let container = in_background("orphaned", &options, &["sleep", "1000"])?;
+    let container = in_background("orphaned", &["--fifo-dir", &ctr::pipes()?], &["sleep", "1000"])?;
     let socket = Shim::socket("orphaned")?;
     let pid = tasks()?.remove("orphaned").ok_or("no task")?.0;
     let process = format!("/proc/{pid}/ns/net");
@@ -118,21 +115,27 @@ fn exit_unseen() -> Result {
     let shared = tempfile::tempdir()?;
     let mount = format!("type=bind,src={},dst=/shared,options=rbind:rw", shared.path().display());
     let script = "while [ ! -e /shared/go ]; do sleep 0.1; done; exit 5";
-    let container = in_background("unseen", &["--mount", &mount], &["sh", "-c", script])?;
+    let options = ["--mount", &mount, "--fifo-dir", &ctr::pipes()?];
+    let container = in_background("unseen", &options, &["sh", "-c", script])?;
     let shim = container.shim()?;
     ctr::kill()?;
     std::fs::write(shared.path().join("go"), "")?;
     let code = shim.wait("unseen", "")?;
     ensure(code == 5, || format!("exit code {code}"))?;
     ctr::start()?;
-    ensure(status("unseen")? == "STOPPED", || "it is not said to have stopped".to_owned())?;
-    let output = container.task("delete", &[]).output()?;
-    ensure(stderr(&output).contains("exit code 5"), || format!("{output:?}"))?;
+    // containerd takes a shim without processes for one that was forgotten, and runc's shim has none to show by now: the task is gone.
+    if !is_runc() || tasks()?.contains_key("unseen") {
+        ensure(status("unseen")? == "STOPPED", || "it is not said to have stopped".to_owned())?;
+        let output = container.task("delete", &[]).output()?;
+        ensure(stderr(&output).contains("exit code 5"), || format!("{output:?}"))?;
+    }
     expect_code(&ctr(["container", "delete", "unseen"]).output()?, 0)
 }
 
 fn client_killed() -> Result {
-    let mut client = run_command("unwanted", &["--rm"], &["sleep", "1000"])?.stderr(Stdio::null()).spawn()?;
+    let mut client = run_command("unwanted", &["--rm", "--fifo-dir", &ctr::pipes()?], &["sleep", "1000"])?
+        .stderr(Stdio::null())
+        .spawn()?;
     eventually("a bundle is made", || Ok(task_directory().join("unwanted").exists()))?;
     client.kill()?;
     client.wait()?;
