@@ -76,6 +76,13 @@ pub fn spawn(id: &str, options: &[&str], command: &[&str]) -> Result<Child> {
     Ok(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
 }
 
+/// A place for the pipes that `ctr` does not remove: of a process in the background, of a task that is gone, of a `ctr` that was killed.
+pub fn pipes() -> Result<String> {
+    let pipes = directory().join("pipes");
+    std::fs::create_dir_all(&pipes)?;
+    Ok(pipes.display().to_string())
+}
+
 /// A container that `ctr run --detach` has left running.
 pub struct Container(String);
 
@@ -106,12 +113,10 @@ impl Container {
         ctr([&["task", "exec", "--exec-id", exec], options, &[&self.0], command].concat())
     }
 
-    /// Leaves a command running in it. `ctr` does not remove the pipes of such a one, so they have a place of their own.
+    /// Leaves a command running in it. `ctr` does not remove the pipes of such a one.
     pub fn exec_in_background(&self, exec: &str, command: &[&str]) -> Result {
-        let pipes = directory().join("pipes");
-        std::fs::create_dir_all(&pipes)?;
-        let pipes = pipes.to_str().ok_or("a temporary directory")?;
-        let options = ["--detach", "--fifo-dir", pipes];
+        let pipes = pipes()?;
+        let options = ["--detach", "--fifo-dir", &pipes];
         expect_code(&self.exec_command(exec, &options, command).output()?, 0)
     }
 

@@ -12,7 +12,7 @@ mod shim;
 pub use bundle::{Bundle, CreateTaskRequest, Mount};
 pub use command::{
     Container, IMAGE, NAMESPACE, RUNC, ctr, ctr_run, image, in_background, in_background_of, is_runc,
-    metrics, remove_everything, run, run_command, runtime, spawn, status, tasks,
+    metrics, pipes, remove_everything, run, run_command, runtime, spawn, status, tasks,
 };
 pub use daemon::{directory, kill, log_since, pid as daemon_pid, snapshotters, start, stop, task_directory};
 pub use events::Events;

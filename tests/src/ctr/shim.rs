@@ -1,7 +1,7 @@
 //! A shim's Task service, for what `ctr` has no words for and for the codes of errors.
 
 use std::fs::read_to_string;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::api::{
     CloseIORequest, CreateTaskRequest, CreateTaskResponse, DeleteRequest, DeleteResponse, Empty,
@@ -36,22 +36,38 @@ struct Bootstrap {
     address: String,
 }
 
+impl Bootstrap {
+    fn parse(reply: &str) -> Result<Self> {
+        let bootstrap = serde_json::from_str(reply)
+            .unwrap_or_else(|_| Self { version: 2, address: reply.trim().to_owned() });
+        ensure(bootstrap.address.starts_with("unix://"), || format!("a shim's address: {reply}"))?;
+        Ok(bootstrap)
+    }
+}
+
 impl Shim {
     /// The shim of a task that containerd has created.
     pub fn of(id: &str) -> Result<Self> {
+        Self::connect(&Self::reply(id)?)
+    }
+
+    /// Its socket.
+    pub fn socket(id: &str) -> Result<PathBuf> {
+        Ok(PathBuf::from(Bootstrap::parse(&Self::reply(id)?)?.address.trim_start_matches("unix://")))
+    }
+
+    fn reply(id: &str) -> Result<String> {
         let bundle = task_directory().join(id);
         // containerd 1.7 has the shim write the one, 2.0 writes the other itself.
         let reply = read_to_string(bundle.join("bootstrap.json"))
             .or_else(|_| read_to_string(bundle.join("address")))
             .map_err(|error| format!("{}: {error}", bundle.display()))?;
-        Self::connect(&reply)
+        Ok(reply)
     }
 
     /// The shim that has answered this to `start`.
     pub fn connect(reply: &str) -> Result<Self> {
-        let bootstrap = serde_json::from_str(reply)
-            .unwrap_or_else(|_| Bootstrap { version: 2, address: reply.trim().to_owned() });
-        ensure(bootstrap.address.starts_with("unix://"), || format!("a shim's address: {reply}"))?;
+        let bootstrap = Bootstrap::parse(reply)?;
         Ok(Self { client: Client::connect(&bootstrap.address)?, version: bootstrap.version })
     }
 
