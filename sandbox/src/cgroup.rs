@@ -4,10 +4,12 @@
 //! host that the container was given.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Read as _, Seek as _};
 use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use oci_spec::runtime::{LinuxCpu, Spec};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::sizing::MachineSize;
 
@@ -84,7 +86,7 @@ impl SandboxCgroup {
         }
         let limited = self.limit(size, spec);
         if limited.is_err() {
-            self.remove();
+            self.remove(Duration::ZERO);
         }
         limited
     }
@@ -132,11 +134,29 @@ impl SandboxCgroup {
         let _ = fs::write(self.directory.join("cgroup.kill"), "1");
     }
 
-    /// Removes the group; false when processes are left in it. One that does not exist is fine.
-    pub fn remove(&self) -> bool {
-        match fs::remove_dir(&self.directory) {
-            Ok(()) => true,
-            Err(e) => e.kind() == io::ErrorKind::NotFound,
+    /// Removes the group when its last process has ended; false when one is left after `patience`. A group that does not exist is fine.
+    /// Blocks.
+    pub fn remove(&self, patience: Duration) -> bool {
+        let until = Instant::now() + patience;
+        // Opened first, so that no change after the attempt to remove is missed.
+        let mut events = File::open(self.directory.join("cgroup.events")).ok();
+        loop {
+            match fs::remove_dir(&self.directory) {
+                Ok(()) => return true,
+                Err(e) if e.kind() == io::ErrorKind::NotFound => return true,
+                Err(_) => {}
+            }
+            let (Some(events), Some(left)) = (&mut events, until.checked_duration_since(Instant::now())) else {
+                return false;
+            };
+            // The kernel tells of a change (POLLPRI) to whoever has read the file before it.
+            let mut text = String::new();
+            let read = events.rewind().and_then(|()| events.read_to_string(&mut text));
+            if read.is_ok() && text.lines().any(|line| line == "populated 0") {
+                continue;
+            }
+            let timeout = Timespec::try_from(left).ok();
+            let _ = poll(&mut [PollFd::new(&*events, PollFlags::PRI)], timeout.as_ref());
         }
     }
 

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bulkhead_fs::control::ShareKind;
 use bulkhead_protocol::agent::{CreateContainerRequest, Rootfs, SharedNamespace, Stdio};
@@ -182,6 +183,8 @@ impl PodError {
 struct Holdings {
     slots: Vec<u8>,
     shares: Vec<String>,
+    /// Its root is a disk of the host.
+    writes_disk: bool,
 }
 
 /// A machine for the containers of one pod.
@@ -219,7 +222,7 @@ impl Pod {
         }
         let started = Self::start_in(&config, first, cgroup.clone()).await;
         if let (Err(_), Some(cgroup)) = (&started, &cgroup) {
-            cgroup.remove();
+            cgroup.remove(Duration::ZERO);
         }
         started
     }
@@ -374,6 +377,13 @@ impl Pod {
         Ok(())
     }
 
+    /// True when the guest must remove a container before the machine ends: what it wrote to a disk of the host may still be in the
+    /// guest's memory. Files of the host have what was written to them when the last process has ended, and a root in the guest's memory goes
+    /// with it.
+    pub fn holds_back(&self, id: &str) -> bool {
+        locked(&self.containers).get(id).is_some_and(|holdings| holdings.writes_disk)
+    }
+
     /// Takes back slots and shares. A slot that the guest does not let go of stays taken.
     async fn release(&self, id: &str) {
         let Some(holdings) = locked(&self.containers).remove(id) else { return };
@@ -504,6 +514,7 @@ impl Plan {
         Holdings {
             slots: self.storage.disks.iter().map(|(slot, _)| *slot).collect(),
             shares: self.shares.iter().map(|(bind, _)| bind.name.clone()).collect(),
+            writes_disk: self.storage.disks.iter().any(|(_, disk)| !disk.read_only),
         }
     }
 

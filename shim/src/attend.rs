@@ -64,7 +64,7 @@ pub(crate) async fn init(shim: Arc<Shim>, task: Arc<Task>, machine: Arc<Machine>
             machine.pod().remove(&task.id).await
         }
     };
-    if machine.is_usable() {
+    if machine.is_usable() && (!is_over || machine.pod().holds_back(&task.id)) {
         match timeout(REMOVE_TIMEOUT, removing).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!(id = task.id, %error, "the guest cannot remove the container"),

@@ -139,8 +139,8 @@ fn remove_cgroup(bundle: &Path) {
     let Ok(spec) = oci::read_spec(bundle) else { return };
     let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_ref()?.to_str());
     let Some(Ok(cgroup)) = path.map(SandboxCgroup::of) else { return };
-    // What has been killed and is not gone yet keeps it, and so does whoever else is in it.
-    cgroup.remove();
+    // What does not end keeps it, and so does whoever else is in it.
+    cgroup.remove(GONE_TIMEOUT);
 }
 
 /// True when the shim has other containers than this one.

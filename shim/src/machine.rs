@@ -120,15 +120,15 @@ impl Machine {
         }
     }
 
-    /// Waits, in bounds, until the VMM is gone, and removes its cgroup.
+    /// Waits, in bounds, until the VMM is gone, and removes its cgroup when the file server, which ends with it, is gone as well.
     pub(crate) async fn gone(&self) {
         let vmm = self.vmm.as_ref().and_then(|vmm| vmm.try_clone().ok());
         if let Some(vmm) = vmm.and_then(|vmm| bulkhead_sandbox::watch::watch(vmm, Interest::READABLE).ok()) {
             let _ = timeout(GONE_TIMEOUT, vmm.readable()).await;
         }
-        if let Some(cgroup) = self.pod.cgroup()
-            && !cgroup.remove()
-        {
+        let Some(cgroup) = self.pod.cgroup().cloned() else { return };
+        let removed = tokio::task::spawn_blocking(move || cgroup.remove(GONE_TIMEOUT)).await;
+        if !removed.unwrap_or(false) {
             tracing::warn!("the sandbox's cgroup is not empty: it stays");
         }
     }
