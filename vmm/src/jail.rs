@@ -6,7 +6,7 @@
 
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -41,7 +41,11 @@ pub struct Jail {
 #[error("cannot give up privileges: {0}")]
 pub struct JailError(&'static str, #[source] Errno);
 
-fn step<T>(what: &'static str, result: Result<T, Errno>) -> Result<T, JailError> {
+/// Names the step that failed.
+///
+/// # Errors
+/// If it has.
+pub fn step<T>(what: &'static str, result: Result<T, Errno>) -> Result<T, JailError> {
     result.map_err(|errno| JailError(what, errno))
 }
 
@@ -51,7 +55,8 @@ impl Jail {
     /// # Errors
     /// [`JailError`] names the step that failed. The process must then end: part of its privileges is gone.
     pub fn enter(&self) -> Result<(), JailError> {
-        self.enter_empty_root()?;
+        new_namespaces()?;
+        enter_empty_root(&self.root)?;
         step("limit descriptors", setrlimit(Resource::RLIMIT_NOFILE, NOFILE, NOFILE))?;
         step("limit threads", setrlimit(Resource::RLIMIT_NPROC, NPROC, NPROC))?;
         step("limit core dumps", setrlimit(Resource::RLIMIT_CORE, 0, 0))?;
@@ -59,36 +64,47 @@ impl Jail {
         let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
         step("change gid", setresgid(gid, gid, gid))?;
         // Leaving uid 0 also empties the permitted, effective and ambient capability sets.
-        step("drop the bounding set", drop_bounding_set())?;
+        step("drop the bounding set", drop_bounding_set(0))?;
         step("change uid", setresuid(uid, uid, uid))?;
         // After the change of uid, which forgets it. An owner that has ended before this has closed the control socket, whose end
         // of file ends the VMM as well; this is for a VMM that does not look.
         step("end with the owner", set_pdeathsig(Signal::SIGKILL))?;
         no_new_privileges()
     }
+}
 
-    /// New mount, IPC, UTS and cgroup namespaces, and an empty read-only tmpfs as root. The pid namespace is the owner's to make:
-    /// one can only be born into it.
-    fn enter_empty_root(&self) -> Result<(), JailError> {
-        let namespaces = CloneFlags::CLONE_NEWNS
-            | CloneFlags::CLONE_NEWIPC
-            | CloneFlags::CLONE_NEWUTS
-            | CloneFlags::CLONE_NEWCGROUP;
-        step("unshare namespaces", unshare(namespaces))?;
-        let none = None::<&str>;
-        step("make mounts private", mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none))?;
-        let root =
-            step("name the root", CString::new(self.root.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL))?;
-        let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-        step(
-            "mount an empty root",
-            mount(Some("none"), root.as_c_str(), Some("tmpfs"), flags, Some("size=4k,nr_inodes=1,mode=555")),
-        )?;
-        step("enter the root", chdir(root.as_c_str()))?;
-        step("pivot to the root", pivot_root(".", "."))?;
-        step("leave the old root", umount2(".", MntFlags::MNT_DETACH))?;
-        step("enter the new root", chdir("/"))
-    }
+/// New mount, IPC, UTS and cgroup namespaces, whose mounts nobody else sees. The pid namespace is the owner's to make: one can
+/// only be born into it.
+///
+/// # Errors
+/// [`JailError`] when the kernel refuses.
+pub fn new_namespaces() -> Result<(), JailError> {
+    let namespaces = CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWCGROUP;
+    step("unshare namespaces", unshare(namespaces))?;
+    let none = None::<&str>;
+    step("make mounts private", mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none))
+}
+
+/// Moves to an empty read-only tmpfs that is mounted on `directory`, and lets go of all other mounts. The mount namespace must be
+/// the process's own.
+///
+/// # Errors
+/// [`JailError`] when the kernel refuses.
+pub fn enter_empty_root(directory: &Path) -> Result<(), JailError> {
+    let root =
+        step("name the root", CString::new(directory.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL))?;
+    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    step(
+        "mount an empty root",
+        mount(Some("none"), root.as_c_str(), Some("tmpfs"), flags, Some("size=4k,nr_inodes=1,mode=555")),
+    )?;
+    step("enter the root", chdir(root.as_c_str()))?;
+    step("pivot to the root", pivot_root(".", "."))?;
+    step("leave the old root", umount2(".", MntFlags::MNT_DETACH))?;
+    step("enter the new root", chdir("/"))
 }
 
 /// Makes it impossible to gain privileges by running something. This much anyone may do.
@@ -99,8 +115,12 @@ pub fn no_new_privileges() -> Result<(), JailError> {
     step("set no_new_privs", nix::sys::prctl::set_no_new_privs())
 }
 
-fn drop_bounding_set() -> Result<(), Errno> {
-    for capability in 0..64 {
+/// Empties the bounding set but for the capabilities whose bits are in `keep`.
+///
+/// # Errors
+/// When the process lacks `CAP_SETPCAP`.
+pub fn drop_bounding_set(keep: u64) -> Result<(), Errno> {
+    for capability in (0..64).filter(|capability| keep & 1 << capability == 0) {
         // SAFETY: takes integers, touches no memory.
         let result = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };
         match Errno::result(result) {

@@ -15,36 +15,49 @@ use super::kvm;
 
 /// A system call, and which uses of it are allowed.
 #[derive(Debug)]
-pub(super) struct Call {
-    pub(super) number: c_long,
-    pub(super) uses: Uses,
+pub struct Call {
+    /// Its number.
+    pub number: c_long,
+    /// Which uses.
+    pub uses: Uses,
 }
 
 /// The allowed uses of a system call.
 #[derive(Debug)]
-pub(super) enum Uses {
+pub enum Uses {
     /// All of them.
     Any,
     /// Those in which the bits of `mask` in this argument, of which the kernel reads 32 bits, have one of these values.
-    Where { argument: u8, mask: u32, values: &'static [u32] },
+    Where {
+        /// Which, counted from 0.
+        argument: u8,
+        /// The bits that are looked at.
+        mask: u32,
+        /// What they may be.
+        values: &'static [u32],
+    },
     /// None, but the kernel is to be taken for one that has no such call.
     Missing,
 }
 
-const fn any(number: c_long) -> Call {
+/// All uses of a call.
+pub const fn any(number: c_long) -> Call {
     Call { number, uses: Uses::Any }
 }
 
-const fn only(number: c_long, argument: u8, values: &'static [u32]) -> Call {
+/// The uses of a call whose argument, counted from 0, has one of these values.
+pub const fn only(number: c_long, argument: u8, values: &'static [u32]) -> Call {
     masked(number, argument, u32::MAX, values)
 }
 
-const fn masked(number: c_long, argument: u8, mask: u32, values: &'static [u32]) -> Call {
+/// The uses of a call whose argument, counted from 0, has one of these values in the bits of a mask.
+pub const fn masked(number: c_long, argument: u8, mask: u32, values: &'static [u32]) -> Call {
     Call { number, uses: Uses::Where { argument, mask, values } }
 }
 
-#[allow(clippy::cast_sign_loss)] // constants of the kernel's interface, none of them negative
-const fn bits(value: c_int) -> u32 {
+/// A constant of the kernel's interface, as a filter compares it.
+#[allow(clippy::cast_sign_loss)] // none of them is negative
+pub const fn bits(value: c_int) -> u32 {
     value as u32
 }
 

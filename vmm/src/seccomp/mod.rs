@@ -20,6 +20,7 @@ use std::sync::OnceLock;
 use libc::{sock_filter, sock_fprog};
 
 use self::calls::{CONTROL, DEVICES, EVERY, FILES, VCPU};
+pub use self::calls::{Call, Uses, any, bits, masked, only};
 use self::program::{TooLong, compile};
 
 /// Why a filter is not in force.
@@ -80,6 +81,15 @@ pub fn lock_down() -> Result<(), SeccompError> {
     let control = compile(&[EVERY, DEVICES, FILES, VCPU, CONTROL])?;
     PROGRAMS.set(programs).map_err(|_| SeccompError::Twice)?;
     install(&control)
+}
+
+/// Confines the calling thread, which must be the only one of another program than the VMM, to the calls in `tables`. The process
+/// must have no_new_privs.
+///
+/// # Errors
+/// [`SeccompError`]; nothing of anybody's may be read then.
+pub fn lock_down_to(tables: &[&[Call]]) -> Result<(), SeccompError> {
+    install(&compile(tables)?)
 }
 
 /// Confines the calling thread to what its kind needs. It must be the first thing that the thread does.

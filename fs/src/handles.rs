@@ -1,0 +1,133 @@
+//! What the guest has open.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+
+use rustix::io::Errno;
+
+/// Something open.
+#[derive(Clone, Debug)]
+pub enum Open {
+    /// A regular file, which the VMM has as well.
+    File(Rc<OwnedFd>),
+    /// A directory, and the offset that the kernel has arrived at in it.
+    Directory(Rc<OwnedFd>, u64),
+    /// The root directory.
+    Root,
+}
+
+#[derive(Debug)]
+struct Handle {
+    node: u64,
+    share: u64,
+    open: Open,
+}
+
+/// All of it, by ids that are never used twice.
+#[derive(Debug)]
+pub struct Handles {
+    handles: HashMap<u64, Handle>,
+    next: u64,
+    max: usize,
+}
+
+impl Handles {
+    /// None, but there may be so many.
+    pub fn new(max: usize) -> Self {
+        Self { handles: HashMap::new(), next: 1, max }
+    }
+
+    /// Asked before something is opened.
+    ///
+    /// # Errors
+    /// EMFILE when there is no room.
+    pub fn check_room(&self) -> Result<(), Errno> {
+        if self.handles.len() < self.max { Ok(()) } else { Err(Errno::MFILE) }
+    }
+
+    /// Takes what has been opened of a node. The share is 0 if it is of none.
+    pub fn insert(&mut self, node: u64, share: u64, open: Open) -> u64 {
+        let id = self.next;
+        self.next += 1;
+        self.handles.insert(id, Handle { node, share, open });
+        id
+    }
+
+    /// What is open, if it is this node.
+    ///
+    /// # Errors
+    /// EBADF otherwise.
+    pub fn get(&self, id: u64, node: u64) -> Result<&Open, Errno> {
+        self.handles
+            .get(&id)
+            .filter(|handle| handle.node == node)
+            .map(|handle| &handle.open)
+            .ok_or(Errno::BADF)
+    }
+
+    /// An open regular file.
+    ///
+    /// # Errors
+    /// EBADF when it is none, or is not this node.
+    pub fn file(&self, id: u64, node: u64) -> Result<Rc<OwnedFd>, Errno> {
+        match self.get(id, node)? {
+            Open::File(file) => Ok(Rc::clone(file)),
+            Open::Directory(..) | Open::Root => Err(Errno::BADF),
+        }
+    }
+
+    /// The kernel has arrived elsewhere in a directory.
+    pub fn set_position(&mut self, id: u64, to: u64) {
+        if let Some(Handle { open: Open::Directory(_, position), .. }) = self.handles.get_mut(&id) {
+            *position = to;
+        }
+    }
+
+    /// Closes something.
+    pub fn remove(&mut self, id: u64) {
+        self.handles.remove(&id);
+    }
+
+    /// Closes what is open of a share.
+    pub fn close_share(&mut self, share: u64) {
+        self.handles.retain(|_, handle| handle.share != share);
+    }
+
+    /// Closes everything.
+    pub fn clear(&mut self) {
+        self.handles = HashMap::new();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file() -> Open {
+        Open::File(Rc::new(std::fs::File::open("/dev/null").unwrap().into()))
+    }
+
+    #[test]
+    fn a_handle_is_good_for_its_node_and_type_only() {
+        let mut handles = Handles::new(8);
+        let (file, root) = (handles.insert(5, 1, file()), handles.insert(1, 0, Open::Root));
+        assert!(handles.file(file, 5).is_ok());
+        for (handle, node) in [(file, 6), (file + 9, 5), (root, 1), (0, 5)] {
+            assert_eq!(handles.file(handle, node).err(), Some(Errno::BADF));
+        }
+    }
+
+    #[test]
+    fn there_is_room_for_so_many_and_again_when_a_share_is_gone() {
+        let mut handles = Handles::new(2);
+        for share in [1, 2] {
+            assert_eq!(handles.check_room(), Ok(()));
+            handles.insert(5, share, file());
+        }
+        assert_eq!(handles.check_room(), Err(Errno::MFILE));
+        handles.close_share(2);
+        assert_eq!(handles.check_room(), Ok(()));
+        assert!(handles.insert(5, 1, file()) > 2, "ids are not used again");
+    }
+}

@@ -1,0 +1,119 @@
+//! How the host's files are opened: by one name in a directory, or again by a descriptor.
+
+use std::ffi::CStr;
+use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, chmodat, openat2};
+use rustix::io::Errno;
+
+use crate::attributes::Attributes;
+
+/// Opens a name in a directory, and nothing else: no link of any kind is followed.
+///
+/// # Errors
+/// The kernel's.
+pub fn open_in(directory: impl AsFd, name: &CStr, flags: OFlags, mode: u32) -> Result<OwnedFd, Errno> {
+    let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NOCTTY;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_SYMLINKS;
+    openat2(directory, name, flags, Mode::from_raw_mode(mode & 0o7777), resolve)
+}
+
+/// Where the process finds its own descriptors as files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OwnDescriptors {
+    /// The working directory, in the jail.
+    WorkingDirectory,
+    /// `/proc/self/fd`
+    Proc,
+}
+
+/// The name of a descriptor as a file. What it leads to is what the descriptor is of, whatever has become of its name; a symbolic
+/// link is not followed further.
+pub struct DescriptorPath {
+    bytes: [u8; 32],
+}
+
+impl DescriptorPath {
+    /// The name for the kernel.
+    pub fn as_c_str(&self) -> &CStr {
+        CStr::from_bytes_until_nul(&self.bytes).unwrap_or_default()
+    }
+}
+
+impl OwnDescriptors {
+    /// The name of one. The descriptor must stay open as long as it is used.
+    pub fn path(self, descriptor: impl AsFd) -> DescriptorPath {
+        let mut bytes = [0; 32];
+        let prefix = match self {
+            Self::WorkingDirectory => "",
+            Self::Proc => "/proc/self/fd/",
+        };
+        // It fits: 14 bytes and at most 10 digits.
+        let _ = write!(&mut bytes[..31], "{prefix}{}", descriptor.as_fd().as_raw_fd());
+        DescriptorPath { bytes }
+    }
+
+    /// Opens what a descriptor is of again.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn reopen(self, descriptor: impl AsFd, flags: OFlags) -> Result<OwnedFd, Errno> {
+        let path = self.path(descriptor);
+        let flags = flags | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
+        openat2(CWD, path.as_c_str(), flags, Mode::empty(), ResolveFlags::empty())
+    }
+
+    /// Changes permissions.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn chmod(self, descriptor: impl AsFd, mode: u32) -> Result<(), Errno> {
+        let path = self.path(descriptor);
+        chmodat(CWD, path.as_c_str(), Mode::from_raw_mode(mode & 0o7777), rustix::fs::AtFlags::empty())
+    }
+
+    /// Clears the set-id bits that a change of content clears. The kernel does it only for those without `CAP_FSETID`.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn clear_set_id(self, descriptor: impl AsFd) -> Result<(), Errno> {
+        let mode = Attributes::of(&descriptor)?.mode();
+        let mut cleared = mode & !libc::S_ISUID;
+        // Without permission to execute for the group, the bit means something else.
+        if mode & libc::S_IXGRP != 0 {
+            cleared &= !libc::S_ISGID;
+        }
+        if cleared == mode { Ok(()) } else { self.chmod(descriptor, cleared) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn links_are_opened_but_never_followed() {
+        let directory = tempfile::tempdir().unwrap();
+        symlink("/etc/passwd", directory.path().join("link")).unwrap();
+        let parent = std::fs::File::open(directory.path()).unwrap();
+        assert_eq!(open_in(&parent, c"link", OFlags::RDONLY, 0).err(), Some(Errno::LOOP));
+        assert_eq!(open_in(&parent, c"link/x", OFlags::PATH, 0).err(), Some(Errno::LOOP));
+        assert_eq!(open_in(&parent, c"..", OFlags::PATH, 0).err(), Some(Errno::XDEV));
+        let link = open_in(&parent, c"link", OFlags::PATH, 0).unwrap();
+        assert_eq!(Attributes::of(&link).unwrap().kind(), rustix::fs::FileType::Symlink);
+        assert_eq!(OwnDescriptors::Proc.reopen(&link, OFlags::RDONLY).err(), Some(Errno::LOOP));
+    }
+
+    #[test]
+    fn set_id_bits_are_cleared_as_by_a_write() {
+        let file = tempfile::tempfile().unwrap();
+        for (before, after) in [(0o6755, 0o755), (0o4644, 0o644), (0o2644, 0o2644), (0o1777, 0o1777)] {
+            OwnDescriptors::Proc.chmod(&file, before).unwrap();
+            OwnDescriptors::Proc.clear_set_id(&file).unwrap();
+            assert_eq!(Attributes::of(&file).unwrap().mode() & 0o7777, after, "{before:o}");
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! Regular files: opening and creating them for the VMM, and what is done to them when they are open.
+
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+
+use rustix::fs::{
+    FallocateFlags, FileType, OFlags, SeekFrom, copy_file_range, fallocate, fdatasync, fsync, seek as lseek,
+};
+use rustix::io::Errno;
+
+use super::Result;
+use super::inode::write_entry;
+use crate::attributes::Attributes;
+use crate::handles::Open;
+use crate::host::open_in;
+use crate::name::Name;
+use crate::nodes::ROOT;
+use crate::session::{At, Passed, Session};
+use crate::wire::{FSYNC_FDATASYNC, InHeader, OPEN_KILL_SUIDGID, Reader, Writer};
+
+/// How a file is opened. O_DIRECT is dropped, since the guest's buffers are not aligned as the host's disk wants it.
+const OPEN_FLAGS: OFlags =
+    OFlags::ACCMODE.union(OFlags::APPEND).union(OFlags::TRUNC).union(OFlags::DSYNC).union(OFlags::SYNC);
+
+/// Bytes that one COPY_FILE_RANGE copies at most. The rest of a longer one is asked for again, and others get their turn before.
+const COPY_MAX: u64 = 16 << 20;
+
+/// What is asked for by OPEN or CREATE.
+#[derive(Clone, Copy)]
+struct Wanted {
+    flags: OFlags,
+    exclusive: bool,
+    /// Set-id bits go with the content.
+    clear_set_id: bool,
+}
+
+impl Wanted {
+    fn new(flags: u32, open_flags: u32) -> Self {
+        let all = OFlags::from_bits_retain(flags);
+        Self {
+            flags: all & OPEN_FLAGS,
+            exclusive: all.contains(OFlags::EXCL),
+            clear_set_id: all.contains(OFlags::TRUNC) && open_flags & OPEN_KILL_SUIDGID != 0,
+        }
+    }
+
+    fn access(self) -> Result<OFlags> {
+        match self.flags & OFlags::ACCMODE {
+            access if access == OFlags::ACCMODE => Err(Errno::INVAL),
+            access => Ok(access),
+        }
+    }
+
+    fn changes(self) -> Result<bool> {
+        Ok(self.access()? != OFlags::RDONLY || self.flags.contains(OFlags::TRUNC))
+    }
+}
+
+/// OPEN
+pub(super) fn open(session: &mut Session, header: &InHeader, mut body: Reader<'_>) -> Result<Writer> {
+    let wanted = Wanted::new(body.u32()?, body.u32()?);
+    if header.node == ROOT {
+        return Err(Errno::ISDIR);
+    }
+    session.handles.check_room()?;
+    let (file, at) = open_node(session, header.node, wanted)?;
+    let mut reply = Writer::reply();
+    pass(session, &at, header.node, file, None, &mut reply);
+    Ok(reply)
+}
+
+/// Opens a node, which must be a regular file: nothing else does nothing when it is opened.
+fn open_node(session: &mut Session, node: u64, wanted: Wanted) -> Result<(OwnedFd, At)> {
+    match session.nodes.get(node)?.kind {
+        FileType::RegularFile => {}
+        FileType::Directory => return Err(Errno::ISDIR),
+        FileType::Symlink => return Err(Errno::LOOP),
+        _ => return Err(Errno::INVAL),
+    }
+    if wanted.changes()? {
+        session.check_writable(node)?;
+    }
+    let at = session.at(node)?;
+    let file = session.own.reopen(&*at.descriptor, wanted.flags)?;
+    if wanted.clear_set_id {
+        session.own.clear_set_id(&file)?;
+    }
+    Ok((file, at))
+}
+
+/// `fuse_open_out`, and the file that goes with it.
+fn pass(session: &mut Session, at: &At, node: u64, file: OwnedFd, new: Option<u64>, to: &mut Writer) {
+    let file = Rc::new(file);
+    let handle = session.handles.insert(node, at.share, Open::File(Rc::clone(&file)));
+    to.u64(handle).u32(at.kind.open_flags()).u32(0);
+    session.passed = Some(Passed { file, handle, node: new });
+}
+
+/// CREATE. What is there already is opened like any file, unless that was ruled out: so it is a regular one, and not made by anybody else.
+pub(super) fn create(session: &mut Session, header: &InHeader, mut body: Reader<'_>) -> Result<Writer> {
+    let (flags, mode, mask, open_flags) = (body.u32()?, body.u32()?, body.u32()?, body.u32()?);
+    let (wanted, name) = (Wanted::new(flags, open_flags), body.name()?);
+    wanted.access()?;
+    let at = session.at_for_change(header.node)?;
+    session.handles.check_room()?;
+    let created = {
+        let _assumed = session.identities.assume(header.uid, header.gid, mask)?;
+        let flags = wanted.flags | OFlags::CREATE | OFlags::EXCL | OFlags::NONBLOCK;
+        open_in(&*at.descriptor, name.as_c_str(), flags, mode)
+    };
+    match created {
+        Ok(file) => {
+            let found = Attributes::of(&file)?;
+            let mut reply = Writer::reply();
+            let node = write_entry(session, &at, name.as_c_str(), &found, &mut reply)?;
+            pass(session, &at, node, file, Some(node), &mut reply);
+            Ok(reply)
+        }
+        Err(Errno::EXIST) if !wanted.exclusive => open_existing(session, &at, name, wanted),
+        Err(errno) => Err(errno),
+    }
+}
+
+fn open_existing(session: &mut Session, at: &At, name: Name<'_>, wanted: Wanted) -> Result<Writer> {
+    let found = Attributes::at(&*at.descriptor, name.as_c_str())?;
+    let mut reply = Writer::reply();
+    let node = write_entry(session, at, name.as_c_str(), &found, &mut reply)?;
+    match open_node(session, node, wanted).and_then(|(file, _)| Ok((Attributes::of(&file)?, file))) {
+        Ok((now, file)) => {
+            // Truncated, perhaps.
+            let mut reply = Writer::reply();
+            write_entry(session, at, name.as_c_str(), &now, &mut reply)?;
+            session.nodes.forget(node, 1);
+            pass(session, at, node, file, Some(node), &mut reply);
+            Ok(reply)
+        }
+        Err(errno) => {
+            session.nodes.forget(node, 1);
+            Err(errno)
+        }
+    }
+}
+
+/// TMPFILE: a file without a name, in the file system of a directory. LINK may give it one.
+pub(super) fn create_unnamed(
+    session: &mut Session,
+    header: &InHeader,
+    mut body: Reader<'_>,
+) -> Result<Writer> {
+    let (flags, mode, mask, open_flags) = (body.u32()?, body.u32()?, body.u32()?, body.u32()?);
+    let wanted = Wanted::new(flags, open_flags);
+    wanted.access()?;
+    let at = session.at_for_change(header.node)?;
+    session.handles.check_room()?;
+    let file = {
+        let _assumed = session.identities.assume(header.uid, header.gid, mask)?;
+        let exclusive = if wanted.exclusive { OFlags::EXCL } else { OFlags::empty() };
+        let flags = wanted.flags.difference(OFlags::TRUNC) | OFlags::TMPFILE | exclusive;
+        open_in(&*at.descriptor, c".", flags, mode)?
+    };
+    let found = Attributes::of(&file)?;
+    let descriptor = session.own.reopen(&file, OFlags::PATH)?;
+    let mut reply = Writer::reply();
+    let node = write_entry(session, &at, c"", &found, &mut reply)?;
+    session.keep(node, Rc::new(descriptor));
+    if let Some(slot) = session.nodes.get(node)?.slot {
+        session.nodes.descriptors.pin(slot);
+    }
+    pass(session, &at, node, file, Some(node), &mut reply);
+    Ok(reply)
+}
+
+/// RELEASE and RELEASEDIR
+pub(super) fn release(session: &mut Session, header: &InHeader, mut body: Reader<'_>) -> Result<Writer> {
+    let handle = body.u64()?;
+    session.handles.get(handle, header.node)?;
+    session.handles.remove(handle);
+    session.read_ahead.remove(handle);
+    Ok(Writer::reply())
+}
+
+/// FSYNC
+pub(super) fn sync(session: &mut Session, header: &InHeader, mut body: Reader<'_>) -> Result<Writer> {
+    let (handle, flags) = (body.u64()?, body.u32()?);
+    let file = session.handles.file(handle, header.node)?;
+    if flags & FSYNC_FDATASYNC != 0 {
+        fdatasync(&*file)?
+    } else {
+        fsync(&*file)?
+    }
+    Ok(Writer::reply())
+}
+
+/// FALLOCATE
+pub(super) fn allocate(session: &mut Session, header: &InHeader, mut body: Reader<'_>) -> Result<Writer> {
+    let (handle, offset, length, mode) = (body.u64()?, body.u64()?, body.u64()?, body.u32()?);
+    let allowed = FallocateFlags::KEEP_SIZE | FallocateFlags::PUNCH_HOLE | FallocateFlags::ZERO_RANGE;
+    let mode = FallocateFlags::from_bits(mode).filter(|mode| allowed.contains(*mode));
+    let mode = mode.ok_or(Errno::OPNOTSUPP)?;
+    session.check_writable(header.node)?;
+    let file = session.handles.file(handle, header.node)?;
+    fallocate(&*file, mode, offset, length)?;
+    session.own.clear_set_id(&*file)?;
+    Ok(Writer::reply())
+}
+
+/// LSEEK, which is for what only the host knows: where data is. The file's own position is nobody's.
+pub(super) fn seek(session: &mut Session, header: &InHeader, mut body: Reader<'_>) -> Result<Writer> {
+    let (handle, offset, whence) = (body.u64()?, body.u64()?, body.u32()?);
+    let to = match i32::try_from(whence) {
+        Ok(libc::SEEK_DATA) => SeekFrom::Data(offset),
+        Ok(libc::SEEK_HOLE) => SeekFrom::Hole(offset),
+        _ => return Err(Errno::INVAL),
+    };
+    let file = session.handles.file(handle, header.node)?;
+    let found = lseek(&*file, to)?;
+    let mut reply = Writer::reply();
+    reply.u64(found);
+    Ok(reply)
+}
+
+/// COPY_FILE_RANGE
+pub(super) fn copy_range(session: &mut Session, header: &InHeader, mut body: Reader<'_>) -> Result<Writer> {
+    let (from_handle, mut from_offset) = (body.u64()?, body.u64()?);
+    let (to_node, to_handle, mut to_offset) = (body.u64()?, body.u64()?, body.u64()?);
+    let (length, flags) = (body.u64()?, body.u64()?);
+    if flags != 0 {
+        return Err(Errno::INVAL);
+    }
+    session.check_writable(to_node)?;
+    let from = session.handles.file(from_handle, header.node)?;
+    let to = session.handles.file(to_handle, to_node)?;
+    let length = usize::try_from(length.min(COPY_MAX)).map_err(|_| Errno::INVAL)?;
+    let copied = copy_file_range(&*from, Some(&mut from_offset), &*to, Some(&mut to_offset), length)?;
+    session.own.clear_set_id(&*to)?;
+    let mut reply = Writer::reply();
+    reply.u32(u32::try_from(copied).map_err(|_| Errno::IO)?).u32(0);
+    Ok(reply)
+}
