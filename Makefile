@@ -30,7 +30,7 @@ kernel: setup
 	@guest-kernel/build
 
 binaries:
-	cargo build --release --locked -p bulkhead -p containerd-shim-bulkhead-v2 -p bulkhead-vmm -p bulkhead-rootfs-builder
+	cargo build --release --locked -p bulkhead -p containerd-shim-bulkhead-v2 -p bulkhead-vmm -p bulkhead-fs -p bulkhead-rootfs-builder
 
 agent: setup
 	cargo build --profile guest --locked -p bulkhead-agent
@@ -45,6 +45,7 @@ install: build
 	install -D -m 755 $(binaries)/bulkhead $(DESTDIR)$(PREFIX)/bin/bulkhead
 	install -D -m 755 $(binaries)/containerd-shim-bulkhead-v2 $(DESTDIR)$(PREFIX)/bin/containerd-shim-bulkhead-v2
 	install -D -m 755 $(binaries)/bulkhead-vmm $(DESTDIR)$(PREFIX)/libexec/bulkhead/bulkhead-vmm
+	install -D -m 755 $(binaries)/bulkhead-fs $(DESTDIR)$(PREFIX)/libexec/bulkhead/bulkhead-fs
 	install -D -m 644 $(artifacts)/vmlinux $(DESTDIR)$(PREFIX)/share/bulkhead/vmlinux
 	install -D -m 644 $(artifacts)/guest.erofs $(DESTDIR)$(PREFIX)/share/bulkhead/guest.erofs
 	test -e $(DESTDIR)$(SYSCONFDIR)/bulkhead/config.toml || \

@@ -14,7 +14,7 @@ use crate::attributes::Attributes;
 /// # Errors
 /// The kernel's.
 pub fn open_in(directory: impl AsFd, name: &CStr, flags: OFlags, mode: u32) -> Result<OwnedFd, Errno> {
-    let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NOCTTY;
+    let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_SYMLINKS;
     openat2(directory, name, flags, Mode::from_raw_mode(mode & 0o7777), resolve)
 }
@@ -60,7 +60,9 @@ impl OwnDescriptors {
     /// The kernel's.
     pub fn reopen(self, descriptor: impl AsFd, flags: OFlags) -> Result<OwnedFd, Errno> {
         let path = self.path(descriptor);
-        let flags = flags | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
+        // A lease of somebody's is an error rather than a wait. With O_PATH, openat2 takes no such flag.
+        let patience = if flags.contains(OFlags::PATH) { OFlags::empty() } else { OFlags::NONBLOCK };
+        let flags = flags | OFlags::CLOEXEC | patience;
         openat2(CWD, path.as_c_str(), flags, Mode::empty(), ResolveFlags::empty())
     }
 

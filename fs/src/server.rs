@@ -11,6 +11,7 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlag
 
 use crate::control::{FromOwner, Reply as OwnerReply, Request};
 use crate::session::{Reply, Session};
+use crate::wire::OUT_HEADER;
 
 /// Longest request: the longest extended attribute, its name and its file's.
 pub const REQUEST_MAX: usize = 80 << 10;
@@ -141,6 +142,12 @@ impl Server {
                 (Err(_), Some(passed)) => {
                     self.session.take_back(passed);
                     return self.send(unique, Reply::error(unique, Errno::MFILE));
+                }
+                // A long one for which the host has no memory, or no room in any socket.
+                (Err(Errno::NOBUFS | Errno::NOMEM | Errno::MSGSIZE), None)
+                    if reply.bytes.len() > OUT_HEADER =>
+                {
+                    return self.send(unique, Reply::error(unique, Errno::IO));
                 }
                 (Err(errno), None) => return Err(ServerError::Requests(errno)),
             }

@@ -184,12 +184,14 @@ pub(super) fn set_attributes(session: &mut Session, header: &InHeader, body: Rea
     };
     let file_type = session.nodes.get(header.node)?.kind;
     if wanted.sets(fattr::UID | fattr::GID) {
-        let uid = wanted.sets(fattr::UID).then(|| Uid::from_raw(wanted.uid));
-        let gid = wanted.sets(fattr::GID).then(|| Gid::from_raw(wanted.gid));
-        if uid.is_some_and(|uid| uid.as_raw() == u32::MAX) || gid.is_some_and(|gid| gid.as_raw() == u32::MAX)
-        {
-            return Err(Errno::INVAL);
-        }
+        let id = |set, id: u32| match (wanted.sets(set), id) {
+            (false, _) => Ok(None),
+            // To the kernel it means that nothing is to change.
+            (true, u32::MAX) => Err(Errno::INVAL),
+            (true, id) => Ok(Some(id)),
+        };
+        let uid = id(fattr::UID, wanted.uid)?.map(Uid::from_raw);
+        let gid = id(fattr::GID, wanted.gid)?.map(Gid::from_raw);
         chownat(&*file, c"", uid, gid, AtFlags::EMPTY_PATH)?;
     }
     if wanted.sets(fattr::MODE) {

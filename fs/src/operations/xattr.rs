@@ -55,14 +55,14 @@ pub(super) fn get(session: &mut Session, header: &InHeader, mut body: Reader<'_>
     }
     let at = session.at(header.node)?;
     let path = session.own.path(&*at.descriptor);
-    let mut value = vec![0; MAX];
+    let mut value = vec![0; if room == 0 { MAX } else { MAX.min(room as usize) }];
     let length = getxattr(path.as_c_str(), name, &mut value[..])?;
     give(value.get(..length).ok_or(Errno::IO)?, room)
 }
 
 /// LISTXATTR
 pub(super) fn list(session: &mut Session, header: &InHeader, mut body: Reader<'_>) -> Result<Writer> {
-    let room = body.u32()?;
+    let (room, _) = (body.u32()?, body.u32()?);
     if header.node == ROOT {
         return give(&[], room);
     }

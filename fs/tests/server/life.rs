@@ -1,0 +1,208 @@
+//! The life of files: made, opened, renamed, linked, removed while open.
+
+use std::fs;
+use std::io::{Read, Seek, Write};
+use std::os::unix::fs::{FileExt, MetadataExt};
+
+use bulkhead_fs::wire::{Writer, fattr, opcode};
+use libc::{
+    EEXIST, EINVAL, EISDIR, ELOOP, ENOENT, ENOTEMPTY, EXDEV, O_APPEND, O_CREAT, O_EXCL, O_RDONLY, O_RDWR,
+    O_TRUNC, O_WRONLY,
+};
+
+use crate::client::Server;
+
+#[test]
+fn a_file_is_made_written_read_and_removed() {
+    let Some(mut server) = Server::start(&[]) else { return };
+    let host = tempfile::tempdir().unwrap();
+    let root = server.share_root(host.path());
+    let (entry, handle, mut file) =
+        server.create(opcode::CREATE, root, "a", O_RDWR | O_EXCL, 0o100_640, 0).unwrap();
+    file.write_all(b"written by the VMM").unwrap();
+    assert_eq!(fs::read(host.path().join("a")).unwrap(), b"written by the VMM");
+    assert_eq!(server.attributes(entry.node).unwrap().size, 18);
+    assert_eq!(server.create(opcode::CREATE, root, "a", O_RDWR | O_EXCL, 0o644, 0).err(), Some(EEXIST));
+    let (again, _, other) = server.create(opcode::CREATE, root, "a", O_RDONLY, 0o644, 0).unwrap();
+    assert_eq!((again.node, again.attributes.mode), (entry.node, 0o100_640), "it was there");
+    assert!(other.write_at(b"x", 0).is_err(), "opened for reading");
+    server.release(entry.node, handle).unwrap();
+    assert!(server.release(entry.node, handle).is_err());
+    server.unlink(root, "a").unwrap();
+    assert!(!host.path().join("a").exists());
+    assert_eq!(server.unlink(root, "a"), Err(ENOENT));
+}
+
+#[test]
+fn the_passed_file_appends_and_truncates() {
+    let Some(mut server) = Server::start(&[]) else { return };
+    let host = tempfile::tempdir().unwrap();
+    fs::write(host.path().join("a"), "old").unwrap();
+    let root = server.share_root(host.path());
+    let node = server.walk(root, &["a"]);
+    let (_, file) = server.open(node, O_WRONLY | O_APPEND | libc::O_DIRECT).unwrap();
+    fs::write(host.path().join("a"), "from outside ").unwrap();
+    file.write_at(b"appended", 0).unwrap();
+    assert_eq!(fs::read(host.path().join("a")).unwrap(), b"from outside appended");
+    let flags = rustix::fs::fcntl_getfl(&file).unwrap();
+    assert!(!flags.contains(rustix::fs::OFlags::DIRECT));
+    server.open(node, O_WRONLY | O_TRUNC).unwrap();
+    assert_eq!(server.attributes(node).unwrap().size, 0);
+    assert_eq!(server.open(node, 3).err(), Some(EINVAL));
+    let (entry, ..) = server.create(opcode::CREATE, root, "a", O_RDWR | O_CREAT | O_TRUNC, 0, 0).unwrap();
+    assert_eq!((entry.node, entry.attributes.size), (node, 0));
+}
+
+#[test]
+fn a_file_that_was_removed_lives_on_while_it_is_known() {
+    let Some(mut server) = Server::start(&[]) else { return };
+    let host = tempfile::tempdir().unwrap();
+    fs::write(host.path().join("a"), "alive").unwrap();
+    let root = server.share_root(host.path());
+    let node = server.walk(root, &["a"]);
+    let (handle, mut file) = server.open(node, O_RDONLY).unwrap();
+    server.unlink(root, "a").unwrap();
+    assert_eq!(server.attributes(node).unwrap().links, 0);
+    let mut text = String::new();
+    file.rewind().unwrap();
+    file.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "alive");
+    // Even what is opened only now, by the descriptor that was kept.
+    let (_, again) = server.open(node, O_RDWR).unwrap();
+    again.write_at(b"A", 0).unwrap();
+    assert_eq!(server.set(node, fattr::MODE, [0, 0, 0o600, 0, 0]).unwrap().mode & 0o777, 0o600);
+    server.release(node, handle).unwrap();
+    server.forget(node, 1);
+    assert_eq!(server.attributes(node), Err(libc::ESTALE));
+}
+
+#[test]
+fn what_is_renamed_or_exchanged_is_still_the_same() {
+    let Some(mut server) = Server::start(&["--nofile", "128"]) else { return };
+    let host = tempfile::tempdir().unwrap();
+    let root = server.share_root(host.path());
+    let d = server.make_directory(root, "d", 0o755, 0).unwrap().node;
+    let e = server.make_directory(d, "e", 0o755, 0).unwrap().node;
+    fs::write(host.path().join("d/e/f"), "f").unwrap();
+    fs::write(host.path().join("g"), "other").unwrap();
+    let (f, g) = (server.walk(e, &["f"]), server.walk(root, &["g"]));
+    server.rename((root, "d"), (root, "moved"), 0).unwrap();
+    server.rename((root, "g"), (e, "f"), libc::RENAME_EXCHANGE).unwrap();
+    assert_eq!(server.rename((root, "g"), (e, "f"), libc::RENAME_NOREPLACE), Err(EEXIST));
+    // All descriptors have to go by the way.
+    for name in 0..100 {
+        fs::write(host.path().join(format!("{name}")), "").unwrap();
+        let node = server.walk(root, &[&format!("{name}")]);
+        let (handle, _) = server.open(node, O_RDONLY).unwrap();
+        server.release(node, handle).unwrap();
+    }
+    for (node, size) in [(f, 1), (g, 5)] {
+        assert_eq!(server.attributes(node).unwrap().size, size);
+        server.open(node, O_RDONLY).unwrap();
+    }
+    assert_eq!(fs::read(host.path().join("moved/e/f")).unwrap(), b"other");
+    // What was replaced lives on.
+    server.rename((root, "g"), (e, "f"), 0).unwrap();
+    assert_eq!(server.attributes(g).unwrap().links, 0);
+    assert_eq!(server.call(opcode::RMDIR, root, b"moved\0").err(), Some(ENOTEMPTY));
+}
+
+#[test]
+fn names_of_one_file_are_one_node() {
+    let Some(mut server) = Server::start(&[]) else { return };
+    let host = tempfile::tempdir().unwrap();
+    fs::write(host.path().join("a"), "a").unwrap();
+    let root = server.share_root(host.path());
+    let a = server.walk(root, &["a"]);
+    let linked = server.link(a, root, "b").unwrap();
+    assert_eq!((linked.node, linked.attributes.links), (a, 2));
+    server.unlink(root, "a").unwrap();
+    assert_eq!(server.attributes(a).unwrap().links, 1);
+    server.share("other", host.path(), bulkhead_fs::control::ShareKind::Bind, false);
+    let other = server.walk(1, &["other"]);
+    assert_eq!(server.link(a, other, "c").err(), Some(EXDEV));
+    assert_eq!(server.rename((root, "b"), (other, "c"), 0), Err(EXDEV));
+}
+
+#[test]
+fn a_file_without_a_name_is_given_one() {
+    let Some(mut server) = Server::start(&[]) else { return };
+    let host = tempfile::tempdir().unwrap();
+    let root = server.share_root(host.path());
+    let (entry, _, mut file) = server.create(opcode::TMPFILE, root, "/", O_RDWR, 0o100_600, 0).unwrap();
+    file.write_all(b"text").unwrap();
+    assert_eq!(fs::read_dir(host.path()).unwrap().count(), 0);
+    assert_eq!(server.attributes(entry.node).unwrap().links, 0);
+    assert_eq!(server.link(entry.node, root, "named").unwrap().node, entry.node);
+    assert_eq!(fs::read(host.path().join("named")).unwrap(), b"text");
+}
+
+#[test]
+fn symbolic_links_are_read_and_never_followed() {
+    let Some(mut server) = Server::start(&[]) else { return };
+    let host = tempfile::tempdir().unwrap();
+    let root = server.share_root(host.path());
+    let link = server.symlink(root, "s", "/etc/passwd").unwrap();
+    assert_eq!(link.attributes.mode & libc::S_IFMT, libc::S_IFLNK);
+    assert_eq!(server.call(opcode::READLINK, link.node, &[]).unwrap(), b"/etc/passwd");
+    assert_eq!(server.open(link.node, O_RDONLY).err(), Some(ELOOP));
+    assert_eq!(server.create(opcode::CREATE, root, "s", O_RDONLY, 0o644, 0).err(), Some(ELOOP));
+    let before = fs::metadata("/etc/passwd").unwrap();
+    server.set(link.node, fattr::UID | fattr::GID | fattr::MTIME, [0, 77, 0, 5, 6]).unwrap();
+    assert!(server.set(link.node, fattr::SIZE, [0; 5]).is_err());
+    let changed = fs::symlink_metadata(host.path().join("s")).unwrap();
+    assert_eq!((changed.uid(), changed.gid(), changed.mtime()), (5, 6, 77));
+    let after = fs::metadata("/etc/passwd").unwrap();
+    assert_eq!((before.ctime(), before.ctime_nsec()), (after.ctime(), after.ctime_nsec()));
+}
+
+#[test]
+fn only_regular_files_are_opened() {
+    let Some(mut server) = Server::start(&[]) else { return };
+    let host = tempfile::tempdir().unwrap();
+    let root = server.share_root(host.path());
+    assert_eq!(server.open(root, O_RDONLY).err(), Some(EISDIR));
+    for (name, mode, device) in [("fifo", libc::S_IFIFO, 0), ("null", libc::S_IFCHR, 0x103)] {
+        let mut body = Writer::default();
+        body.u32(mode | 0o666).u32(device).u32(0o22).u32(0).bytes(name.as_bytes()).bytes(&[0]);
+        server.call(opcode::MKNOD, root, &body.0).unwrap();
+        let node = server.walk(root, &[name]);
+        assert_eq!(server.open(node, O_WRONLY).err(), Some(EINVAL), "{name}");
+        assert_eq!(server.create(opcode::CREATE, root, name, O_WRONLY, 0o644, 0).err(), Some(EINVAL));
+    }
+    let null = fs::metadata(host.path().join("null")).unwrap();
+    assert_eq!((null.rdev(), null.mode() & 0o777), (rustix::fs::makedev(1, 3), 0o644));
+}
+
+#[test]
+fn open_files_are_sought_allocated_copied_and_synced() {
+    let Some(mut server) = Server::start(&[]) else { return };
+    let host = tempfile::tempdir().unwrap();
+    let root = server.share_root(host.path());
+    let (entry, handle, file) = server.create(opcode::CREATE, root, "a", O_RDWR, 0o6777, 0).unwrap();
+    file.write_at(b"data", 1 << 20).unwrap();
+    let mut body = Writer::default();
+    body.u64(handle).u64(0).u32(libc::SEEK_DATA.cast_unsigned()).u32(0);
+    let found = server.call(opcode::LSEEK, entry.node, &body.0).unwrap();
+    assert_eq!(found, (1_u64 << 20).to_le_bytes());
+    let (to, to_handle, _) = server.create(opcode::CREATE, root, "b", O_RDWR, 0o6777, 0).unwrap();
+    let mut body = Writer::default();
+    body.u64(handle).u64(1 << 20).u64(to.node).u64(to_handle).u64(0).u64(u64::MAX).u64(0);
+    let copied = server.call(opcode::COPY_FILE_RANGE, entry.node, &body.0).unwrap();
+    assert_eq!(copied, [4, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(fs::read(host.path().join("b")).unwrap(), b"data");
+    assert_eq!(server.attributes(to.node).unwrap().mode & 0o7777, 0o777, "set-id bits go");
+    let mut body = Writer::default();
+    body.u64(to_handle).u64(0).u64(4096).u32(0).u32(0);
+    server.call(opcode::FALLOCATE, to.node, &body.0).unwrap();
+    assert_eq!(server.attributes(to.node).unwrap().size, 4096);
+    for (what, node, body) in [
+        (opcode::FSYNC, to.node, [to_handle.to_le_bytes(), [1, 0, 0, 0, 0, 0, 0, 0]].concat()),
+        (opcode::SYNCFS, root, vec![0; 8]),
+        (opcode::SYNCFS, 1, vec![0; 8]),
+    ] {
+        server.call(what, node, &body).unwrap();
+    }
+    let stat = server.call(opcode::STATFS, root, &[]).unwrap();
+    assert_eq!((stat.len(), server.call(opcode::STATFS, 1, &[]).unwrap().len()), (80, 80));
+}

@@ -1,0 +1,9 @@
+//! The server as its owner and the VMM see it: the binary, in its jail, with a driver of the tests' at the other end. Without root
+//! there is no jail, and every test says that it is skipped.
+
+mod client;
+mod directories;
+mod hostile;
+mod life;
+mod owners;
+mod shares;
