@@ -27,7 +27,7 @@ struct Handle {
 /// All of it, by ids that are never used twice.
 #[derive(Debug)]
 pub struct Handles {
-    handles: HashMap<u64, Handle>,
+    open: HashMap<u64, Handle>,
     next: u64,
     max: usize,
 }
@@ -35,7 +35,7 @@ pub struct Handles {
 impl Handles {
     /// None, but there may be so many.
     pub fn new(max: usize) -> Self {
-        Self { handles: HashMap::new(), next: 1, max }
+        Self { open: HashMap::new(), next: 1, max }
     }
 
     /// Asked before something is opened.
@@ -43,14 +43,14 @@ impl Handles {
     /// # Errors
     /// EMFILE when there is no room.
     pub fn check_room(&self) -> Result<(), Errno> {
-        if self.handles.len() < self.max { Ok(()) } else { Err(Errno::MFILE) }
+        if self.open.len() < self.max { Ok(()) } else { Err(Errno::MFILE) }
     }
 
     /// Takes what has been opened of a node. The share is 0 if it is of none.
     pub fn insert(&mut self, node: u64, share: u64, open: Open) -> u64 {
         let id = self.next;
         self.next += 1;
-        self.handles.insert(id, Handle { node, share, open });
+        self.open.insert(id, Handle { node, share, open });
         id
     }
 
@@ -59,11 +59,7 @@ impl Handles {
     /// # Errors
     /// EBADF otherwise.
     pub fn get(&self, id: u64, node: u64) -> Result<&Open, Errno> {
-        self.handles
-            .get(&id)
-            .filter(|handle| handle.node == node)
-            .map(|handle| &handle.open)
-            .ok_or(Errno::BADF)
+        self.open.get(&id).filter(|handle| handle.node == node).map(|handle| &handle.open).ok_or(Errno::BADF)
     }
 
     /// An open regular file.
@@ -79,24 +75,24 @@ impl Handles {
 
     /// The kernel has arrived elsewhere in a directory.
     pub fn set_position(&mut self, id: u64, to: u64) {
-        if let Some(Handle { open: Open::Directory(_, position), .. }) = self.handles.get_mut(&id) {
+        if let Some(Handle { open: Open::Directory(_, position), .. }) = self.open.get_mut(&id) {
             *position = to;
         }
     }
 
     /// Closes something.
     pub fn remove(&mut self, id: u64) {
-        self.handles.remove(&id);
+        self.open.remove(&id);
     }
 
     /// Closes what is open of a share.
     pub fn close_share(&mut self, share: u64) {
-        self.handles.retain(|_, handle| handle.share != share);
+        self.open.retain(|_, handle| handle.share != share);
     }
 
     /// Closes everything.
     pub fn clear(&mut self) {
-        self.handles = HashMap::new();
+        self.open = HashMap::new();
     }
 }
 

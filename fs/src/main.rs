@@ -56,15 +56,12 @@ fn run(
     nofile: u64,
 ) -> Result<(), Box<dyn std::error::Error>> {
     let nofile = usize::try_from(set_limits(nofile)?)?;
-    let (own, identities) = match jail {
-        Some(jail) => {
-            jail.enter()?;
-            (OwnDescriptors::WorkingDirectory, Identities::Any)
-        }
-        None => {
-            no_new_privileges()?;
-            (OwnDescriptors::Proc, Identities::Own)
-        }
+    let (own, identities) = if let Some(jail) = jail {
+        jail.enter()?;
+        (OwnDescriptors::WorkingDirectory, Identities::Any)
+    } else {
+        no_new_privileges()?;
+        (OwnDescriptors::Proc, Identities::Own)
     };
     lock_down()?;
     // SAFETY: the owner has left these descriptors open for us, and nothing else here knows their numbers.

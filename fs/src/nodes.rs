@@ -46,7 +46,7 @@ pub struct Node {
 /// All of them.
 #[derive(Debug)]
 pub struct Nodes {
-    nodes: HashMap<u64, Node>,
+    table: HashMap<u64, Node>,
     /// Their ids by share and identity.
     index: HashTable<u64>,
     hasher: RandomState,
@@ -58,7 +58,7 @@ impl Nodes {
     /// An empty table that keeps at most so many descriptors.
     pub fn new(descriptors_max: usize) -> Self {
         Self {
-            nodes: HashMap::new(),
+            table: HashMap::new(),
             index: HashTable::new(),
             hasher: RandomState::new(),
             next: ROOT + 1,
@@ -68,12 +68,12 @@ impl Nodes {
 
     /// Number of nodes.
     pub fn len(&self) -> usize {
-        self.nodes.len()
+        self.table.len()
     }
 
     /// True when the guest knows nothing.
     pub fn is_empty(&self) -> bool {
-        self.nodes.is_empty()
+        self.table.is_empty()
     }
 
     /// A node.
@@ -81,11 +81,11 @@ impl Nodes {
     /// # Errors
     /// ESTALE when there is none of that id.
     pub fn get(&self, id: u64) -> Result<&Node, Errno> {
-        self.nodes.get(&id).ok_or(Errno::STALE)
+        self.table.get(&id).ok_or(Errno::STALE)
     }
 
     pub(crate) fn get_mut(&mut self, id: u64) -> Option<&mut Node> {
-        self.nodes.get_mut(&id)
+        self.table.get_mut(&id)
     }
 
     /// The node of a file that the guest knows.
@@ -95,7 +95,7 @@ impl Nodes {
     }
 
     fn is(&self, id: u64, share: u64, identity: Identity) -> bool {
-        self.nodes.get(&id).is_some_and(|node| node.share == share && node.identity == identity)
+        self.table.get(&id).is_some_and(|node| node.share == share && node.identity == identity)
     }
 
     /// The guest looks something up: what was found in `parent`, which is [`ROOT`] or a node, under a name. Gives its id.
@@ -105,15 +105,15 @@ impl Nodes {
     pub fn enter(&mut self, share: u64, parent: u64, name: &CStr, found: &Attributes) -> Result<u64, Errno> {
         let identity = found.identity();
         if let Some(id) = self.find(share, identity)
-            && self.nodes.get(&id).is_some_and(|node| node.kind == found.kind())
+            && self.table.get(&id).is_some_and(|node| node.kind == found.kind())
             && self.moved(id, parent, name)
         {
-            if let Some(node) = self.nodes.get_mut(&id) {
+            if let Some(node) = self.table.get_mut(&id) {
                 node.lookups = node.lookups.saturating_add(1);
             }
             return Ok(id);
         }
-        if self.nodes.len() >= NODES_MAX {
+        if self.table.len() >= NODES_MAX {
             return Err(Errno::NFILE);
         }
         let id = self.next;
@@ -128,10 +128,10 @@ impl Nodes {
             lookups: 1,
             children: 0,
         };
-        if let Some(parent) = self.nodes.get_mut(&parent) {
+        if let Some(parent) = self.table.get_mut(&parent) {
             parent.children += 1;
         }
-        self.nodes.insert(id, node);
+        self.table.insert(id, node);
         self.put_in_index(id, share, identity);
         Ok(id)
     }
@@ -139,7 +139,7 @@ impl Nodes {
     /// An older node of the same identity stays without being found: its inode number was used again, or it was moved to where a
     /// node of that id would be its own ancestor.
     fn put_in_index(&mut self, id: u64, share: u64, identity: Identity) {
-        let (nodes, hasher) = (&self.nodes, &self.hasher);
+        let (nodes, hasher) = (&self.table, &self.hasher);
         let hash_of = |id: &u64| nodes.get(id).map_or(0, |node| hasher.hash_one((node.share, node.identity)));
         let same = |other: &u64| {
             nodes.get(other).is_some_and(|node| node.share == share && node.identity == identity)
@@ -152,7 +152,7 @@ impl Nodes {
 
     /// A node is found in `parent` under a name now. False when it cannot be, by what is known: it is a directory above `parent`.
     pub fn moved(&mut self, id: u64, parent: u64, name: &CStr) -> bool {
-        let Some(node) = self.nodes.get(&id) else { return false };
+        let Some(node) = self.table.get(&id) else { return false };
         let (old, slot) = (node.parent, node.slot);
         // What is shared itself stays where it is, wherever else it is mounted.
         if old == ROOT || parent == ROOT {
@@ -162,10 +162,10 @@ impl Nodes {
             if node.kind == FileType::Directory && self.is_below(parent, id) {
                 return false;
             }
-            if let Some(parent) = self.nodes.get_mut(&parent) {
+            if let Some(parent) = self.table.get_mut(&parent) {
                 parent.children += 1;
             }
-            if let Some(node) = self.nodes.get_mut(&id) {
+            if let Some(node) = self.table.get_mut(&id) {
                 node.parent = parent;
                 if *node.name != *name {
                     node.name = name.into();
@@ -185,7 +185,7 @@ impl Nodes {
             if at == ancestor {
                 return true;
             }
-            match self.nodes.get(&at) {
+            match self.table.get(&at) {
                 Some(node) => at = node.parent,
                 None => return false,
             }
@@ -195,7 +195,7 @@ impl Nodes {
 
     /// The guest forgets so many of its lookups.
     pub fn forget(&mut self, id: u64, lookups: u64) {
-        if let Some(node) = self.nodes.get_mut(&id) {
+        if let Some(node) = self.table.get_mut(&id) {
             node.lookups = node.lookups.saturating_sub(lookups);
             self.remove_unused(id);
         }
@@ -203,7 +203,7 @@ impl Nodes {
 
     /// A node has one child less.
     fn release(&mut self, id: u64) {
-        if let Some(node) = self.nodes.get_mut(&id) {
+        if let Some(node) = self.table.get_mut(&id) {
             node.children = node.children.saturating_sub(1);
             self.remove_unused(id);
         }
@@ -211,7 +211,7 @@ impl Nodes {
 
     /// Removes a node that nothing keeps, and the parents that only it kept.
     fn remove_unused(&mut self, mut id: u64) {
-        while let Some(node) = self.nodes.get(&id)
+        while let Some(node) = self.table.get(&id)
             && node.lookups == 0
             && node.children == 0
         {
@@ -219,12 +219,12 @@ impl Nodes {
             if let Ok(entry) = self.index.find_entry(hash, |other| *other == id) {
                 entry.remove();
             }
-            let Some(node) = self.nodes.remove(&id) else { return };
+            let Some(node) = self.table.remove(&id) else { return };
             if let Some(slot) = node.slot {
                 self.descriptors.remove(slot);
             }
             id = node.parent;
-            if let Some(parent) = self.nodes.get_mut(&id) {
+            if let Some(parent) = self.table.get_mut(&id) {
                 parent.children = parent.children.saturating_sub(1);
             }
         }
@@ -232,7 +232,7 @@ impl Nodes {
 
     /// Closes the descriptors of a share that is gone. Its nodes stay until the guest forgets them.
     pub fn close_share(&mut self, share: u64) {
-        for node in self.nodes.values_mut().filter(|node| node.share == share) {
+        for node in self.table.values_mut().filter(|node| node.share == share) {
             if let Some(slot) = node.slot.take() {
                 self.descriptors.remove(slot);
             }
@@ -241,10 +241,10 @@ impl Nodes {
 
     /// The guest forgets everything.
     pub fn clear(&mut self) {
-        for slot in self.nodes.drain().filter_map(|(_, node)| node.slot) {
+        for slot in self.table.drain().filter_map(|(_, node)| node.slot) {
             self.descriptors.remove(slot);
         }
-        self.nodes = HashMap::new();
+        self.table = HashMap::new();
         self.index = HashTable::new();
     }
 }

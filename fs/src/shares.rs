@@ -52,7 +52,7 @@ pub enum ShareError {
 /// All of them, by ids that are never used twice.
 #[derive(Debug)]
 pub struct Shares {
-    shares: BTreeMap<u64, Share>,
+    table: BTreeMap<u64, Share>,
     next: u64,
     max: usize,
 }
@@ -60,7 +60,7 @@ pub struct Shares {
 impl Shares {
     /// None, but there may be so many.
     pub fn new(max: usize) -> Self {
-        Self { shares: BTreeMap::new(), next: 1, max }
+        Self { table: BTreeMap::new(), next: 1, max }
     }
 
     /// Adds one.
@@ -80,7 +80,7 @@ impl Shares {
         if self.by_name(name.as_bytes()).is_some() {
             return Err(ShareError::Exists(name.to_owned()));
         }
-        if self.shares.len() >= self.max {
+        if self.table.len() >= self.max {
             return Err(ShareError::TooMany(self.max));
         }
         let attributes = Attributes::of(&root).map_err(ShareError::Look)?;
@@ -88,7 +88,7 @@ impl Shares {
             FileType::Directory | FileType::RegularFile | FileType::Socket | FileType::Fifo => {}
             other => return Err(ShareError::Type(other)),
         }
-        self.shares.insert(self.next, Share { name: name.into(), kind, read_only, root: Rc::new(root) });
+        self.table.insert(self.next, Share { name: name.into(), kind, read_only, root: Rc::new(root) });
         self.next += 1;
         Ok(())
     }
@@ -99,13 +99,13 @@ impl Shares {
     /// [`ShareError::Missing`]
     pub fn remove(&mut self, name: &str) -> Result<u64, ShareError> {
         let id = self.by_name(name.as_bytes()).ok_or_else(|| ShareError::Missing(name.to_owned()))?;
-        self.shares.remove(&id);
+        self.table.remove(&id);
         Ok(id)
     }
 
     /// The id of a name.
     pub fn by_name(&self, name: &[u8]) -> Option<u64> {
-        self.shares.iter().find(|(_, share)| share.name.as_bytes() == name).map(|(id, _)| *id)
+        self.table.iter().find(|(_, share)| share.name.as_bytes() == name).map(|(id, _)| *id)
     }
 
     /// A share.
@@ -113,12 +113,12 @@ impl Shares {
     /// # Errors
     /// ESTALE when it is gone.
     pub fn get(&self, id: u64) -> Result<&Share, Errno> {
-        self.shares.get(&id).ok_or(Errno::STALE)
+        self.table.get(&id).ok_or(Errno::STALE)
     }
 
     /// The first one with an id above this.
     pub fn after(&self, id: u64) -> Option<(u64, &Share)> {
-        self.shares.range(id.checked_add(1)?..).next().map(|(id, share)| (*id, share))
+        self.table.range(id.checked_add(1)?..).next().map(|(id, share)| (*id, share))
     }
 }
 

@@ -147,15 +147,12 @@ fn list_shares(session: &mut Session, mut offset: u64, listing: &mut Listing) ->
             Form::Plus => write_share(session, id, &mut listing.reply),
             Form::Plain => Attributes::of(&*session.shares.get(id)?.root),
         };
-        match found {
-            Ok(found) => {
-                entry.inode = found.identity().inode;
-                entry.kind = directory_type(found.mode());
-            }
-            Err(_) => {
-                listing.reply.0.truncate(start);
-                listing.unknown();
-            }
+        if let Ok(found) = found {
+            entry.inode = found.identity().inode;
+            entry.kind = directory_type(found.mode());
+        } else {
+            listing.reply.0.truncate(start);
+            listing.unknown();
         }
         listing.end(&entry);
         offset = entry.next;

@@ -184,9 +184,9 @@ pub(super) fn sync(session: &mut Session, header: &InHeader, mut body: Reader<'_
     let (handle, flags) = (body.u64()?, body.u32()?);
     let file = session.handles.file(handle, header.node)?;
     if flags & FSYNC_FDATASYNC != 0 {
-        fdatasync(&*file)?
+        fdatasync(&*file)?;
     } else {
-        fsync(&*file)?
+        fsync(&*file)?;
     }
     Ok(Writer::reply())
 }

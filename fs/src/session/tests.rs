@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
@@ -127,7 +128,6 @@ proptest! {
         }
         let after = fs::metadata(&canary).unwrap();
         prop_assert_eq!(fs::read(&canary).unwrap(), b"outside");
-        use std::os::unix::fs::MetadataExt;
         prop_assert_eq!(
             (before.mode(), before.nlink(), before.mtime_nsec(), before.ctime_nsec()),
             (after.mode(), after.nlink(), after.mtime_nsec(), after.ctime_nsec())

@@ -39,7 +39,7 @@ pub(crate) struct Server {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Entry {
     pub(crate) node: u64,
-    pub(crate) entry_seconds: u64,
+    pub(crate) timeout: u64,
     pub(crate) attributes: Attributes,
 }
 
@@ -140,7 +140,13 @@ impl Server {
         header.u32(u32::try_from(40 + body.len()).unwrap()).u32(opcode).u64(self.unique).u64(node);
         header.u32(self.uid).u32(self.gid).u64(0);
         let parts = [IoSlice::new(&header.0), IoSlice::new(body)];
-        sendmsg(&self.requests, &parts, &mut Default::default(), rustix::net::SendFlags::NOSIGNAL).unwrap();
+        sendmsg(
+            &self.requests,
+            &parts,
+            &mut rustix::net::SendAncillaryBuffer::default(),
+            rustix::net::SendFlags::NOSIGNAL,
+        )
+        .unwrap();
     }
 
     /// A reply's `unique`, what it says, and its file.
@@ -329,9 +335,9 @@ impl Entry {
     fn parse(reader: &mut Reader<'_>) -> Self {
         let node = reader.u64().unwrap();
         reader.skip(8).unwrap();
-        let entry_seconds = reader.u64().unwrap();
+        let timeout = reader.u64().unwrap();
         reader.skip(16).unwrap();
-        Self { node, entry_seconds, attributes: Attributes::parse(reader) }
+        Self { node, timeout, attributes: Attributes::parse(reader) }
     }
 }
 

@@ -20,12 +20,12 @@ fn what_the_guest_may_remember_depends_on_who_else_changes_it() {
     {
         server.share(name, host.path(), kind, false);
         let share = server.lookup(1, name).unwrap();
-        assert_eq!(share.entry_seconds, 0, "another share may have the name at any time");
+        assert_eq!(share.timeout, 0, "another share may have the name at any time");
         assert_eq!(share.attributes.flags, 1, "a mount of its own");
         let entry = server.lookup(share.node, "a").unwrap();
-        assert_eq!((entry.entry_seconds, entry.attributes.flags), (seconds, 0));
+        assert_eq!((entry.timeout, entry.attributes.flags), (seconds, 0));
         match server.lookup(share.node, "none") {
-            Ok(none) => assert_eq!((kind, none.node, none.entry_seconds), (ShareKind::Root, 0, 3600)),
+            Ok(none) => assert_eq!((kind, none.node, none.timeout), (ShareKind::Root, 0, 3600)),
             Err(error) => assert_eq!((kind, error), (ShareKind::Bind, ENOENT)),
         }
         for (what, node, flags) in [(opcode::OPENDIR, share.node, cache)] {
