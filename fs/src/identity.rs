@@ -5,7 +5,7 @@ use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::process::umask;
 
-/// Whether the server may act as somebody else. Without privileges it acts as itself.
+/// Whether the server may act as somebody else. Without privileges it acts as itself, under its own mask.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Identities {
     /// Anybody, and its capabilities stay with it: `SECBIT_NO_SETUID_FIXUP`.
@@ -24,8 +24,11 @@ impl Identities {
     /// # Errors
     /// EINVAL when there can be no such user or group.
     pub fn assume(self, uid: u32, gid: u32, mask: u32) -> Result<Option<Assumed>, Errno> {
+        if self == Self::Own {
+            return Ok(None);
+        }
         umask(Mode::from_raw_mode(mask & 0o777));
-        if self == Self::Own || (uid, gid) == (0, 0) {
+        if (uid, gid) == (0, 0) {
             return Ok(None);
         }
         // Made first, so that it undoes the half of it as well.
