@@ -4,7 +4,7 @@ use std::ffi::CStr;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use rustix::fs::{AtFlags, FileType, Statx, StatxFlags, statx};
+use rustix::fs::{AtFlags, FileType, Statx, StatxFlags, StatxTimestamp, statx};
 use rustix::io::Errno;
 
 use crate::wire::Writer;
@@ -19,6 +19,17 @@ pub struct Identity {
     pub device: u64,
     /// The inode number there.
     pub inode: u64,
+}
+
+/// Longer than the host's clock stands still for the times of files.
+const CLOCK_TICK: Duration = Duration::from_millis(50);
+
+/// By what it is told whether the content of a file has changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Content {
+    modified: Duration,
+    changed: Duration,
+    size: u64,
 }
 
 /// Attributes of a file.
@@ -45,6 +56,15 @@ impl Attributes {
     fn get(directory: impl AsFd, name: &CStr, flags: AtFlags) -> Result<Self, Errno> {
         let flags = flags | AtFlags::NO_AUTOMOUNT;
         statx(directory, name, flags, StatxFlags::BASIC_STATS | StatxFlags::MNT_ID).map(Self)
+    }
+
+    /// What the content is, as far as the times and the size tell. Nothing for a file that was changed just now: the next change could
+    /// come within the same tick of the host's clock, and would not show.
+    pub fn content(&self, now: Duration) -> Option<Content> {
+        let seconds = |time: StatxTimestamp| Duration::new(time.tv_sec.try_into().unwrap_or(0), time.tv_nsec);
+        let (modified, changed) = (seconds(self.0.stx_mtime), seconds(self.0.stx_ctime));
+        let settled = now.checked_sub(CLOCK_TICK).is_some_and(|then| modified < then && changed < then);
+        settled.then_some(Content { modified, changed, size: self.0.stx_size })
     }
 
     /// Which file it is.

@@ -10,7 +10,7 @@ use hashbrown::hash_table::Entry;
 use rustix::fs::FileType;
 use rustix::io::Errno;
 
-use crate::attributes::{Attributes, Identity};
+use crate::attributes::{Attributes, Content, Identity};
 use crate::descriptors::{Descriptors, Slot};
 
 /// The root directory's id, which is FUSE's. It is in no table.
@@ -35,6 +35,8 @@ pub struct Node {
     pub identity: Identity,
     /// Its type, which never changes.
     pub kind: FileType,
+    /// Its content when the guest opened it last, whose cache may hold that.
+    pub content: Option<Box<Content>>,
     /// Its descriptor.
     pub(crate) slot: Option<Slot>,
     /// How often the guest has looked it up and not forgotten it.
@@ -124,6 +126,7 @@ impl Nodes {
             name: name.into(),
             identity,
             kind: found.kind(),
+            content: None,
             slot: None,
             lookups: 1,
             children: 0,

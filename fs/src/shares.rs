@@ -140,14 +140,6 @@ impl ShareKind {
         }
     }
 
-    /// Flags of the reply to OPEN.
-    pub fn open_flags(self) -> u32 {
-        match self {
-            Self::Root => FOPEN_KEEP_CACHE,
-            Self::Bind => 0,
-        }
-    }
-
     /// Flags of the reply to OPENDIR.
     pub fn open_directory_flags(self) -> u32 {
         match self {

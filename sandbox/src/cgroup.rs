@@ -146,7 +146,8 @@ impl SandboxCgroup {
                 Err(e) if e.kind() == io::ErrorKind::NotFound => return true,
                 Err(_) => {}
             }
-            let (Some(events), Some(left)) = (&mut events, until.checked_duration_since(Instant::now())) else {
+            let (Some(events), Some(left)) = (&mut events, until.checked_duration_since(Instant::now()))
+            else {
                 return false;
             };
             // The kernel tells of a change (POLLPRI) to whoever has read the file before it.

@@ -2,21 +2,24 @@
 
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::time::Duration;
 
 use rustix::fs::{
     FallocateFlags, FileType, OFlags, SeekFrom, copy_file_range, fallocate, fdatasync, fsync, seek as lseek,
 };
 use rustix::io::Errno;
+use rustix::time::{ClockId, clock_gettime};
 
 use super::Result;
 use super::inode::write_entry;
 use crate::attributes::Attributes;
+use crate::control::ShareKind;
 use crate::handles::Open;
 use crate::host::open_in;
 use crate::name::Name;
 use crate::nodes::ROOT;
 use crate::session::{At, Passed, Session};
-use crate::wire::{FSYNC_FDATASYNC, InHeader, OPEN_KILL_SUIDGID, Reader, Writer};
+use crate::wire::{FOPEN_KEEP_CACHE, FSYNC_FDATASYNC, InHeader, OPEN_KILL_SUIDGID, Reader, Writer};
 
 /// How a file is opened. O_DIRECT is dropped, since the guest's buffers are not aligned as the host's disk wants it.
 const OPEN_FLAGS: OFlags =
@@ -92,8 +95,25 @@ fn open_node(session: &mut Session, node: u64, wanted: Wanted) -> Result<(OwnedF
 fn pass(session: &mut Session, at: &At, node: u64, file: OwnedFd, new: Option<u64>, to: &mut Writer) {
     let file = Rc::new(file);
     let handle = session.handles.insert(node, at.share, Open::File(Rc::clone(&file)));
-    to.u64(handle).u32(at.kind.open_flags()).u32(0);
+    let flags = match at.kind {
+        ShareKind::Root => FOPEN_KEEP_CACHE,
+        ShareKind::Bind if is_unchanged(session, node, &file) => FOPEN_KEEP_CACHE,
+        ShareKind::Bind => 0,
+    };
+    to.u64(handle).u32(flags).u32(0);
     session.passed = Some(Passed { file, handle, node: new });
+}
+
+/// True when nobody has changed a file since the guest opened it last. What others do to it from now on, the guest learns from its time of
+/// modification.
+fn is_unchanged(session: &mut Session, node: u64, file: &OwnedFd) -> bool {
+    let now = clock_gettime(ClockId::Realtime);
+    let now = Duration::new(now.tv_sec.try_into().unwrap_or(0), now.tv_nsec.try_into().unwrap_or(0));
+    let content = Attributes::of(file).ok().and_then(|attributes| attributes.content(now));
+    let Some(node) = session.nodes.get_mut(node) else { return false };
+    let unchanged = content.is_some() && node.content.as_deref() == content.as_ref();
+    node.content = content.map(Box::new);
+    unchanged
 }
 
 /// CREATE. What is there already is opened like any file, unless that was ruled out: so it is a regular one, and not made by anybody else.
