@@ -2,13 +2,12 @@
 
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{
     FallocateFlags, FileType, OFlags, SeekFrom, copy_file_range, fallocate, fdatasync, fsync, seek as lseek,
 };
 use rustix::io::Errno;
-use rustix::time::{ClockId, clock_gettime};
 
 use super::Result;
 use super::inode::write_entry;
@@ -107,8 +106,7 @@ fn pass(session: &mut Session, at: &At, node: u64, file: OwnedFd, new: Option<u6
 /// True when nobody has changed a file since the guest opened it last. What others do to it from now on, the guest learns from its time of
 /// modification.
 fn is_unchanged(session: &mut Session, node: u64, file: &OwnedFd) -> bool {
-    let now = clock_gettime(ClockId::Realtime);
-    let now = Duration::new(now.tv_sec.try_into().unwrap_or(0), now.tv_nsec.try_into().unwrap_or(0));
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let content = Attributes::of(file).ok().and_then(|attributes| attributes.content(now));
     let Some(node) = session.nodes.get_mut(node) else { return false };
     let unchanged = content.is_some() && node.content.as_deref() == content.as_ref();

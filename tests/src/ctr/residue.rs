@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs::read_to_string;
 use std::path::{Path, PathBuf};
 
-use super::{NAMESPACE, ctr, directory, is_runc, task_directory};
+use super::{NAMESPACE, ctr, directory, task_directory};
 use crate::bulkhead::{eventually, stdout};
 use crate::residue::{entries, mounts, processes};
 use crate::vm::Result;
@@ -63,15 +63,14 @@ fn things() -> Result<BTreeSet<String>> {
     Ok(found)
 }
 
-/// The groups down to a depth, but for the one that runc keeps for the namespace.
+/// The groups down to a depth, but for the one of the namespace, which runtimes make and keep.
 fn cgroups(directory: &Path, depth: usize) -> Result<Vec<String>> {
     let mut found = Vec::new();
     for name in entries(directory)? {
         let path = directory.join(name);
         if depth > 0 && path.is_dir() {
             found.extend(cgroups(&path, depth - 1)?);
-            let kept = path.ends_with(NAMESPACE) && is_runc();
-            if !kept {
+            if !path.ends_with(NAMESPACE) {
                 found.push(path.display().to_string());
             }
         }
