@@ -126,7 +126,7 @@ impl Task {
         ensure(ended == code, || format!("exit code {ended}, not {code}"))?;
         self.shim.delete(self.bundle.id(), "")?;
         self.shim.shutdown(self.bundle.id())?;
-        expect_code(&self.bundle.delete()?, 0)
+        self.bundle.clean_up()
     }
 }
 
