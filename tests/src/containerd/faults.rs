@@ -174,5 +174,5 @@ fn full_bundle() -> Result {
         }
         shim.shutdown(bundle.id())?;
     }
-    expect_code(&bundle.delete()?, 0)
+    bundle.clean_up()
 }

@@ -83,7 +83,7 @@ fn created(id: &str, program: &[&str]) -> Result<(Bundle, Shim)> {
 /// Ends shim and bundle, whose task is gone.
 fn finish(bundle: &Bundle, shim: &Shim) -> Result {
     shim.shutdown(bundle.id())?;
-    expect_code(&bundle.delete()?, 0)
+    bundle.clean_up()
 }
 
 fn created_twice() -> Result {
@@ -190,7 +190,7 @@ fn cleanup() -> Result {
     shim.delete("nobody", "")?;
     shim.shutdown("nobody")?;
     for _ in 0..2 {
-        expect_code(&bundle.delete()?, 0)?;
+        bundle.clean_up()?;
     }
     let output = bundle.shim_command("-v")?.output()?;
     expect_code(&output, 0)?;

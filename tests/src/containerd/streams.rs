@@ -1,7 +1,6 @@
 //! Standard streams of tasks: bursts, readers that come and go, an orphan that keeps them.
 
 use std::fs::{File, read_to_string};
-use std::io::Write;
 use std::path::PathBuf;
 use std::thread;
 
@@ -25,7 +24,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         trial("streams: output goes to a program that is named", log_program),
         trial("streams: an orphan that keeps standard output does not keep an exec from ending", orphan),
         trial("streams: a reader that never reads keeps nobody from ending the container", never_read),
-        trial("streams: a reader that goes away and comes back misses only what was read", comes_back),
+        trial("streams: a reader that goes away and comes back misses nothing", comes_back),
     ]
 }
 
@@ -100,18 +99,27 @@ struct Task {
     bundle: Bundle,
     shim: Shim,
     pipe: PathBuf,
+    /// runc's shim wants standard error to be somewhere when standard output is.
+    errors: PathBuf,
+    _errors_reader: Reader,
 }
 
 impl Task {
-    fn create(script: &str) -> Result<Self> {
-        let bundle = Bundle::new("piped", &["sh", "-c", script])?;
+    fn create(id: &str, script: &str) -> Result<Self> {
+        let bundle = Bundle::new(id, &["sh", "-c", script])?;
         let pipe = bundle.fifo("stdout")?;
+        let errors = bundle.fifo("stderr")?;
+        let reader = Reader::open(&errors)?;
         let shim = bundle.start_shim()?;
-        Ok(Self { bundle, shim, pipe })
+        Ok(Self { bundle, shim, pipe, errors, _errors_reader: reader })
     }
 
     fn request(&self) -> CreateTaskRequest {
-        CreateTaskRequest { stdout: self.pipe.display().to_string(), ..self.bundle.request() }
+        CreateTaskRequest {
+            stdout: self.pipe.display().to_string(),
+            stderr: self.errors.display().to_string(),
+            ..self.bundle.request()
+        }
     }
 
     /// Creates and starts it. The pipe has to have a reader.
@@ -126,13 +134,13 @@ impl Task {
         ensure(ended == code, || format!("exit code {ended}, not {code}"))?;
         self.shim.delete(self.bundle.id(), "")?;
         self.shim.shutdown(self.bundle.id())?;
-        expect_code(&self.bundle.delete()?, 0)
+        self.bundle.clean_up()
     }
 }
 
 /// `ctr` cannot do it: what it is to do at the end of its input it learns after the task's creation.
 fn closed_early() -> Result {
-    let task = Task::create("cat; echo end")?;
+    let task = Task::create("closed", "cat; echo end")?;
     let reader = Reader::open(&task.pipe)?;
     let input = task.bundle.fifo("stdin")?;
     let request = CreateTaskRequest { stdin: input.display().to_string(), ..task.request() };
@@ -146,7 +154,7 @@ fn closed_early() -> Result {
 }
 
 fn never_read() -> Result {
-    let task = Task::create("cat /dev/zero")?;
+    let task = Task::create("unread", "cat /dev/zero")?;
     let reader = Reader::open(&task.pipe)?;
     task.start()?;
     task.shim.kill(task.bundle.id(), "", 9)?;
@@ -156,20 +164,22 @@ fn never_read() -> Result {
 }
 
 fn comes_back() -> Result {
-    let task = Task::create("echo first; while [ ! -e /go ]; do sleep 0.1; done; echo second; exit 3")?;
+    let script = "await() { while [ ! -e $1 ]; do sleep 0.1; done; }; \
+                  echo first; await /alone; echo second; touch /written; await /back; echo third; exit 3";
+    let task = Task::create("returning", script)?;
+    // The root is a directory of the host.
+    let root = task.bundle.path().join("rootfs");
     let mut reader = Reader::open(&task.pipe)?;
     task.start()?;
     let first = reader.read(6)?;
     ensure(first == b"first\n", || format!("{first:?}"))?;
     drop(reader);
-    // The root is a directory of the host.
-    File::create(task.bundle.path().join("rootfs/go"))?.flush()?;
-    let code = task.shim.wait(task.bundle.id(), "")?;
-    ensure(code == 3, || format!("exit code {code}: did the end of the reader end the command?"))?;
+    File::create(root.join("alone"))?;
+    eventually("it writes to nobody", || Ok(root.join("written").exists()))?;
     let reader = Reader::open(&task.pipe)?;
     let read = thread::spawn(move || reader.read_to_end().map_err(|error| error.to_string()));
+    File::create(root.join("back"))?;
     task.end(3)?;
-    let second = read.join().map_err(|_| "the reader panicked")??;
-    ensure(second == b"second\n", || format!("{:?}", String::from_utf8_lossy(&second)))?;
-    Ok(())
+    let rest = read.join().map_err(|_| "the reader panicked")??;
+    ensure(rest == b"second\nthird\n", || format!("{:?}", String::from_utf8_lossy(&rest)))
 }

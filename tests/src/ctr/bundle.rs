@@ -3,14 +3,15 @@
 use std::fs::{File, create_dir, write};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use containerd_shim_protos::api::{CreateTaskRequest, Mount};
 use serde_json::{Value, json};
 
 use super::shim::Shim;
-use super::{NAMESPACE, directory, runtime, start};
+use super::{NAMESPACE, directory, is_runc, runtime, start};
+use crate::bulkhead::expect_code;
 use crate::files::{busybox_tree, tool};
 use crate::vm::{Result, artifact};
 
@@ -102,9 +103,12 @@ impl Bundle {
         Shim::connect(&String::from_utf8(reply)?)
     }
 
-    /// What containerd runs when the shim is gone.
-    pub fn delete(&self) -> Result<Output> {
-        Ok(self.shim_command("delete")?.output()?)
+    /// Runs what containerd runs when the shim is gone.
+    pub fn clean_up(&self) -> Result {
+        // runc's does nothing without the file in which a create that got so far has noted which runc it used, and fails.
+        let never_created = is_runc() && !self.path.join("runtime").exists();
+        let output = self.shim_command("delete")?.output()?;
+        if never_created { Ok(()) } else { expect_code(&output, 0) }
     }
 
     /// The request to create its task, without standard streams.
