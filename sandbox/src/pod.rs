@@ -37,6 +37,9 @@ use crate::timing::BootTimes;
 use crate::uid::{UidError, UidLease};
 use crate::vmm::Jail;
 
+/// How long the processes of a machine that was not made may take to be gone.
+const GONE_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// What a machine is made from.
 #[derive(Debug)]
 pub struct PodConfig<'a> {
@@ -213,7 +216,7 @@ impl Pod {
     /// long as the machine.
     ///
     /// # Errors
-    /// [`PodError`]; nothing is left of what was made, but for a cgroup in which the VMM is still ending.
+    /// [`PodError`]; nothing is left of what was made.
     pub async fn start(config: PodConfig<'_>, first: NewContainer<'_>) -> Result<Arc<Self>, PodError> {
         let size = config.size;
         let cgroup = config.cgroup.filter(|_| geteuid().is_root()).map(SandboxCgroup::of).transpose()?;
@@ -221,8 +224,9 @@ impl Pod {
             cgroup.create(size, &first.spec)?;
         }
         let started = Self::start_in(&config, first, cgroup.clone()).await;
-        if let (Err(_), Some(cgroup)) = (&started, &cgroup) {
-            cgroup.remove(Duration::ZERO);
+        if let (Err(_), Some(cgroup)) = (&started, cgroup) {
+            // It is empty when the VMM, which has been killed, is gone.
+            let _ = tokio::task::spawn_blocking(move || cgroup.remove(GONE_TIMEOUT)).await;
         }
         started
     }

@@ -182,10 +182,24 @@ pub(crate) fn chain(error: &dyn StdError) -> String {
     let mut cause = error.source();
     while let Some(error) = cause {
         text.push_str(": ");
-        text.push_str(&error.to_string());
+        text.push_str(&in_runcs_words(error));
         cause = error.source();
     }
     text
+}
+
+/// Go's words for an error of the kernel begin with a small letter and do not tell its number. Docker looks for them.
+fn in_runcs_words(error: &(dyn StdError + 'static)) -> String {
+    let text = error.to_string();
+    let of_the_kernel =
+        error.downcast_ref::<std::io::Error>().is_some_and(|error| error.raw_os_error().is_some());
+    let words = text.split_once(" (os error ").map_or(text.as_str(), |(words, _)| words);
+    match words.chars().next() {
+        Some(first) if of_the_kernel => {
+            format!("{}{}", first.to_ascii_lowercase(), &words[first.len_utf8()..])
+        }
+        _ => text,
+    }
 }
 
 #[cfg(test)]
@@ -200,6 +214,16 @@ mod tests {
             ttrpc::Error::RpcStatus(status) => (status.code.unwrap(), status.message),
             other => panic!("{other}"),
         }
+    }
+
+    #[test]
+    fn the_kernels_errors_are_told_in_gos_words() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("cannot share /x")]
+        struct Outer(#[source] std::io::Error);
+        let error = Outer(std::io::Error::from_raw_os_error(2));
+        assert_eq!(chain(&error), "cannot share /x: no such file or directory");
+        assert_eq!(chain(&Outer(std::io::Error::other("Own words"))), "cannot share /x: Own words");
     }
 
     #[test]

@@ -48,13 +48,14 @@ pub(crate) fn start(args: &Args) -> Result<String, StartError> {
             break turn;
         }
     };
+    // Before there is a shim that nobody would hear of if this failed.
+    address.write(&bundle)?;
     if let Some(listener) =
         listen(&address.socket).map_err(|e| StartError::Listen(address.socket.clone(), e))?
     {
         address.restrict().map_err(|e| StartError::Listen(address.socket.clone(), e))?;
         daemon::spawn(args, &group, &bundle, &address.directory, listener, args.debug || bootstrap.debug)?;
     }
-    address.write(&bundle)?;
     Ok(bootstrap::reply(bootstrap.version, &address.url()))
 }
 
