@@ -132,10 +132,11 @@ impl ShareKind {
         }
     }
 
-    /// For how long that a name is not there. Nothing must come up late that another has made.
+    /// For how long that a name is not there. Nothing must come up late that another has made: not even in a root, into which
+    /// `docker cp` puts files while it is a guest's.
     pub fn negative_timeout(self) -> Option<Duration> {
         match self {
-            Self::Root => Some(self.timeout()),
+            Self::Root => Some(Duration::from_secs(1)),
             Self::Bind => None,
         }
     }
