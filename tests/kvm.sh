@@ -30,16 +30,14 @@ choose_machine() {
   fi
 }
 
-# containerd_suites [OPTION...]: the suite of the containerd runtime, in the lab with both versions of containerd. Uses count.sh.
-containerd_suites() {
-  local program=/usr/local/libexec/bulkhead-tests/containerd-suite
-  if [[ $where == lab ]]; then
-    suite "containerd 1.7" with_kvm $program "$@"
-    BULKHEAD_LAB_RELEASE=forky suite "containerd 2.1" with_kvm $program "$@"
-  elif command -v containerd >/dev/null; then
-    suite "containerd" with_kvm $program "$@"
+# containerd_suite NAME [OPTION...]: the suite of the containerd runtime, or a part of it, with the containerd that there is. Uses count.sh.
+containerd_suite() {
+  local name=$1
+  shift
+  if [[ $where == lab ]] || command -v containerd >/dev/null; then
+    suite "$name" with_kvm /usr/local/libexec/bulkhead-tests/containerd-suite "$@"
   else
-    skipped "containerd" "it is not installed"
+    skipped "$name" "it is not installed"
   fi
 }
 

@@ -380,7 +380,8 @@ impl Shim {
         self.delete("").await.unwrap();
         self.shutdown().await;
         host.delete(&self.id);
-        assert_eq!(host.residue(), Vec::<PathBuf>::new());
+        // On a busy machine the shim ends after the patience of `delete`, and leaves nothing itself.
+        until("nothing is left", || host.residue().is_empty()).await;
     }
 
     /// What the shim has logged so far.
