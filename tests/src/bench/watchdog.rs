@@ -11,8 +11,8 @@ use bulkhead_tests::vm::Result;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// Several times what the slowest thing takes that starts a machine, and many minutes on a host that emulates a guest that spins.
-const DEADLINE: Duration = Duration::from_secs(10);
+/// Several times what the slowest thing takes that starts a machine, and minutes on a host that emulates a guest that spins.
+const DEADLINE: Duration = Duration::from_secs(3);
 
 /// What a machine's process is called; the kernel cuts names at 15 bytes.
 const MACHINES: [&str; 2] = ["bulkhead-vmm", "qemu-system-x86"];
