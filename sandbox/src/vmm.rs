@@ -104,8 +104,11 @@ mod tests {
     ) -> (tempfile::TempDir, Result<(VmmProcess, ControlSocket), VmmError>) {
         let dir = tempfile::tempdir().unwrap();
         let executable = dir.path().join("vmm");
-        fs::write(&executable, format!("#!/bin/sh\n{script}\n")).unwrap();
-        fs::set_permissions(&executable, fs::Permissions::from_mode(0o755)).unwrap();
+        // Not written by this process: a child that another test forks meanwhile would hold it open, "text file busy".
+        let content = format!("#!/bin/sh\n{script}\n");
+        let write = r#"printf %s "$0" >"$1" && chmod 755 "$1""#;
+        let written = Command::new("sh").args(["-c", write, &content]).arg(&executable).status().unwrap();
+        assert!(written.success());
         let spawned = VmmProcess::spawn(&executable, &Jail { uid, root: dir.path(), network: Place::Owners });
         (dir, spawned)
     }
