@@ -76,11 +76,19 @@ pub enum SizeError {
 
 /// The machine for a container, or for a pod whose first container this is.
 ///
+/// It has no more CPUs than the host, unless an annotation asks for them: they would only wait for each other.
+///
 /// # Errors
 /// [`SizeError`] for an annotation that is not allowed or not valid, and for a size that no machine can have.
-pub fn machine_size(spec: &Spec, config: &Config) -> Result<MachineSize, SizeError> {
+pub fn machine_size(spec: &Spec, config: &Config, host_cpus: u8) -> Result<MachineSize, SizeError> {
     check_annotations(spec, config)?;
-    Ok(MachineSize { memory_mib: memory(spec, config)?, cpus: cpus(spec, config)? })
+    Ok(MachineSize { memory_mib: memory(spec, config)?, cpus: cpus(spec, config, host_cpus.into())? })
+}
+
+/// CPUs that this process may use, at least 1 and at most [`VCPUS_MAX`].
+pub fn host_cpus() -> u8 {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    u8::try_from(cpus).unwrap_or(u8::MAX).min(VCPUS_MAX)
 }
 
 fn check_annotations(spec: &Spec, config: &Config) -> Result<(), SizeError> {
@@ -115,17 +123,17 @@ fn memory(spec: &Spec, config: &Config) -> Result<u32, SizeError> {
     fits.ok_or(SizeError::Memory { what, mib })
 }
 
-fn cpus(spec: &Spec, config: &Config) -> Result<u8, SizeError> {
+fn cpus(spec: &Spec, config: &Config, most: u64) -> Result<u8, SizeError> {
     let (what, cpus) = if let Some(text) = annotation(spec, CPUS_ANNOTATION) {
         let error = || SizeError::Annotation(CPUS_ANNOTATION, "give a number of CPUs".into());
         (CPUS_ANNOTATION, text.parse().map_err(|_| error())?)
     } else if let Some(quota) = pod_number(spec, POD_CPU_QUOTA)? {
         let period = pod_number(spec, POD_CPU_PERIOD)?.unwrap_or(CPU_PERIOD);
-        (POD_CPU_QUOTA, quota.div_ceil(period.max(1)))
+        (POD_CPU_QUOTA, quota.div_ceil(period.max(1)).min(most))
     } else if let Some(cpus) = cpu_limit(spec) {
-        ("the container's CPU quota", cpus)
+        ("the container's CPU quota", cpus.min(most))
     } else {
-        ("defaults.cpus of the configuration", config.defaults.cpus.into())
+        ("defaults.cpus of the configuration", u64::from(config.defaults.cpus).min(most))
     };
     let fits = u8::try_from(cpus).ok().filter(|cpus| (1..=VCPUS_MAX).contains(cpus));
     fits.ok_or(SizeError::Cpus { what, cpus })
@@ -185,7 +193,7 @@ mod tests {
         config.annotations.allow = ANNOTATIONS.map(String::from).to_vec();
         let spec =
             json!({"ociVersion": "1.2.0", "annotations": annotations, "linux": {"resources": resources}});
-        machine_size(&serde_json::from_value(spec).unwrap(), &config)
+        machine_size(&serde_json::from_value(spec).unwrap(), &config, 4)
     }
 
     #[test]
@@ -216,6 +224,15 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_has_no_more_cpus_than_the_host_unless_that_is_asked_for() {
+        assert_eq!(size(&json!({"cpu": {"quota": 640_000, "period": 10_000}}), &json!({})).unwrap().cpus, 4);
+        assert_eq!(size(&json!({"cpu": {"cpus": "0-47"}}), &json!({})).unwrap().cpus, 4);
+        assert_eq!(size(&json!({}), &json!({POD_CPU_QUOTA: "9000000"})).unwrap().cpus, 4);
+        let spec = serde_json::from_value(json!({"ociVersion": "1.2.0"})).unwrap();
+        assert_eq!(machine_size(&spec, &Config::default(), 1).unwrap().cpus, 1);
+    }
+
+    #[test]
     fn a_size_that_no_machine_can_have_is_refused_with_who_asks() {
         let huge = size(&json!({"memory": {"limit": i64::MAX}}), &json!({})).unwrap_err();
         assert!(huge.to_string().contains("memory limit"), "{huge}");
@@ -233,7 +250,7 @@ mod tests {
     #[test]
     fn an_annotation_counts_only_where_it_is_allowed() {
         let spec = json!({"ociVersion": "1.2.0", "annotations": {CPUS_ANNOTATION: "4"}});
-        let error = machine_size(&serde_json::from_value(spec).unwrap(), &Config::default()).unwrap_err();
+        let error = machine_size(&serde_json::from_value(spec).unwrap(), &Config::default(), 4).unwrap_err();
         assert_eq!(error, SizeError::NotAllowed(CPUS_ANNOTATION.into()));
     }
 

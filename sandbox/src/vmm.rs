@@ -82,8 +82,7 @@ impl VmmProcess {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::{self, File};
-    use std::os::unix::fs::PermissionsExt;
+    use std::fs::File;
     use std::os::unix::process::ExitStatusExt;
     use std::process::Command;
 

@@ -10,7 +10,7 @@ use bulkhead_sandbox::agent::ProcessId;
 use bulkhead_sandbox::artifacts::Artifacts;
 use bulkhead_sandbox::config::Config;
 use bulkhead_sandbox::paths::Paths;
-use bulkhead_sandbox::sizing::machine_size;
+use bulkhead_sandbox::sizing::{host_cpus, machine_size};
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use protobuf::MessageField;
@@ -169,7 +169,8 @@ impl Shim {
             artifacts: &Artifacts::locate(&config.paths).map_err(|error| TaskError::Config(error.into()))?,
             paths: &Paths::from_environment(),
             directory: &self.directory,
-            size: machine_size(&spec, &config).map_err(|error| TaskError::Bundle(error.into()))?,
+            size: machine_size(&spec, &config, host_cpus())
+                .map_err(|error| TaskError::Bundle(error.into()))?,
             network: oci::network(&spec).map_err(|error| TaskError::Bundle(error.into()))?,
             cgroup: spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_ref()?.to_str()),
         };

@@ -1,13 +1,13 @@
 //! What the command line of `run` asks for, checked against the configuration and the host before anything is made.
 
 use std::path::{Path, PathBuf};
-use std::thread::available_parallelism;
 
 use bulkhead_protocol::limits::HOSTNAME_MAX;
 use bulkhead_sandbox::artifacts::Artifacts;
 use bulkhead_sandbox::config::{Config, Defaults, Uids};
 use bulkhead_sandbox::paths::Paths;
 use bulkhead_sandbox::size::Size;
+use bulkhead_sandbox::sizing::host_cpus;
 use bulkhead_sandbox::storage::SCRATCH_MIN;
 use bulkhead_vmm::arch::layout::VCPUS_MAX;
 use bulkhead_vmm::memory::MEMORY_MIN_MIB;
@@ -162,14 +162,14 @@ fn check_hostname(name: &str) -> Result<(), Failure> {
 #[derive(Debug)]
 struct Host {
     memory: Size,
-    cpus: usize,
+    cpus: u8,
 }
 
 impl Host {
     fn examine() -> Self {
         let info = sysinfo();
         let memory = u64::from(info.mem_unit).saturating_mul(info.totalram);
-        Self { memory: Size(memory), cpus: available_parallelism().map_or(1, usize::from) }
+        Self { memory: Size(memory), cpus: host_cpus() }
     }
 }
 
@@ -180,12 +180,13 @@ impl Machine {
         defaults: Defaults,
         host: &Host,
     ) -> Result<Self, Failure> {
-        let wanted = cpus.unwrap_or(defaults.cpus.into());
+        // The default is for hosts that have so many.
+        let wanted = cpus.unwrap_or_else(|| u32::from(defaults.cpus).min(host.cpus.into()));
         let cpus = u8::try_from(wanted).ok().filter(|cpus| (1..=VCPUS_MAX).contains(cpus));
         let Some(cpus) = cpus else {
             return Err(Failure::new(format!("--cpus {wanted}: give 1 to {VCPUS_MAX}")));
         };
-        if usize::from(cpus) > host.cpus {
+        if cpus > host.cpus {
             message::warn(&format!(
                 "{cpus} CPUs are more than the {} of this host: they will share them",
                 host.cpus
