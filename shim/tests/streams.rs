@@ -6,7 +6,6 @@ mod support;
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::api;
@@ -207,9 +206,11 @@ async fn files_and_loggers_take_both_streams() {
 
     let logger = host.path("logger");
     let kept = host.path("kept");
-    fs::write(&logger, "#!/bin/sh\nexec 5>&-\ntrap '' TERM\n{ echo $CONTAINER_NAMESPACE $CONTAINER_ID; cat <&3; cat <&4; } >$2.new\nmv $2.new $2\n")
-        .unwrap();
-    fs::set_permissions(&logger, fs::Permissions::from_mode(0o755)).unwrap();
+    // Not written by this process: a child that another test forks meanwhile would hold it open, "text file busy".
+    let content = "#!/bin/sh\nexec 5>&-\ntrap '' TERM\n{ echo $CONTAINER_NAMESPACE $CONTAINER_ID; cat <&3; cat <&4; } >$2.new\nmv $2.new $2\n";
+    let write = r#"printf %s "$0" >"$1" && chmod 755 "$1""#;
+    let written = std::process::Command::new("sh").args(["-c", write, content]).arg(&logger).status();
+    assert!(written.unwrap().success());
     let uri = format!("binary://{}?to={}", logger.display(), kept.display());
     let shim = running(&host, &["/bin/sh", "-c", script], |request| request.stdout = uri).await;
     assert_eq!(shim.wait("").await.unwrap(), 0);

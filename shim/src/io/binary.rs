@@ -155,7 +155,6 @@ async fn until_ready(ready: OwnedFd, says_ready: bool) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::os::unix::fs::PermissionsExt;
     use std::path::Path;
 
     use super::*;
@@ -164,8 +163,11 @@ mod tests {
 
     fn program(directory: &Path, script: &str, says_ready: bool) -> Program {
         let path = directory.join("logger");
-        fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        // Not written by this process: a child that another test forks meanwhile would hold it open, "text file busy".
+        let content = format!("#!/bin/sh\n{script}\n");
+        let write = r#"printf %s "$0" >"$1" && chmod 755 "$1""#;
+        let written = std::process::Command::new("sh").args(["-c", write, &content]).arg(&path).status();
+        assert!(written.unwrap().success());
         Program { path, args: vec!["to".into(), directory.join("log").display().to_string()], says_ready }
     }
 
