@@ -37,7 +37,7 @@ async fn a_container_lives_and_its_events_come_in_order() {
     assert_eq!(shim.delete("").await.unwrap_err().0, Code::NOT_FOUND);
     shim.shutdown().await;
     host.delete("web");
-    assert!(!lives(pid));
+    until("the shim ends", || !lives(pid)).await;
     assert_eq!(host.residue(), Vec::<std::path::PathBuf>::new());
     // Done again, it does nothing.
     assert_eq!(host.delete("web").exit_status, 137);
