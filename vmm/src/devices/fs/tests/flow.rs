@@ -116,7 +116,7 @@ fn a_reset_that_finds_the_socket_full_is_told_before_anything_else() {
 fn a_server_that_ends_while_the_socket_is_full_leaves_nothing_in_the_rings() {
     let mut world = World::new();
     let count = stuff(&mut world, REQUESTS, &request(op::GETATTR, 8, &vec![0; LARGE]), &[16, 104]);
-    world.server = None;
+    world.end_server();
     world.settle();
     let used = world.used(REQUESTS);
     assert_eq!(used.len(), usize::from(count) + 1);

@@ -262,7 +262,7 @@ fn play(acts: &[Act]) {
                 world.memory.write_slice(&vec![0; 0x3_0000], GuestAddress(0x1_0000)).unwrap();
                 world.queues = world.rings.iter().map(Ring::queue).collect();
             }
-            Act::End => world.server = None,
+            Act::End => world.end_server(),
         }
         world.settle();
         for queue in [HIPRIO, REQUESTS] {
@@ -276,7 +276,7 @@ fn play(acts: &[Act]) {
         }
         assert_eq!(open_files(&file), 1 + world.device.handles.len());
     }
-    world.server = None;
+    world.end_server();
     world.settle();
     for queue in [HIPRIO, REQUESTS] {
         world.used(queue);

@@ -129,7 +129,7 @@ fn when_the_server_ends_everything_is_answered_with_an_error_and_nothing_spins()
     world.interrupted();
     let unique = world.ask(1, op::GETATTR, &[0; 16], 104);
     world.asked().unwrap();
-    world.server = None;
+    world.end_server();
     world.settle();
     let answer = world.answer();
     assert_eq!((answer.unique(), answer.error()), (unique, -libc::EIO));
@@ -150,7 +150,7 @@ fn when_the_server_ends_everything_is_answered_with_an_error_and_nothing_spins()
 fn a_server_that_is_found_dead_by_sending_is_one() {
     let mut world = World::new();
     world.ask(1, op::GETATTR, &[0; 16], 104);
-    world.server = None;
+    world.end_server();
     world.ask(2, op::GETATTR, &[0; 16], 104);
     let used = world.used(REQUESTS);
     assert_eq!(used.len(), 2, "the one that was pending, too");

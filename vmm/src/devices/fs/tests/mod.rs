@@ -12,7 +12,8 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recv, sendmsg, socketpair,
+    AddressFamily, ControlMessage, MsgFlags, Shutdown, SockFlag, SockType, recv, sendmsg, shutdown,
+    socketpair,
 };
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::{Queue, QueueT};
@@ -374,7 +375,15 @@ impl World {
     /// The server ends the connection, whoever else has its end open.
     fn hang_up(&self) {
         let fd = self.server.as_ref().unwrap().as_raw_fd();
-        nix::sys::socket::shutdown(fd, nix::sys::socket::Shutdown::Both).unwrap();
+        shutdown(fd, Shutdown::Both).unwrap();
+    }
+
+    /// The server goes away. That it closes its end is not enough: a child that another test forks meanwhile has it open, too.
+    fn end_server(&mut self) {
+        if self.server.is_some() {
+            self.hang_up();
+            self.server = None;
+        }
     }
 
     /// The guest opens a file, which the server calls `handle`.
