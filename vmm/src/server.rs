@@ -54,7 +54,12 @@ pub fn serve(owner: ControlSocket, started_ns: u64) -> Result<(), SocketError> {
             return Ok(());
         }
         let reply = server.handle(request, fds).map_err(|error| chain(&error));
+        let starts = matches!(reply, Ok(Reply::Running { .. }));
         owner.send(&FromVmm::Reply { id, reply }, &[])?;
+        if starts {
+            // Not before: a guest that ends at once ends this process, and the owner would not get its reply.
+            server.machine.iter().for_each(Machine::run);
+        }
     }
 }
 
@@ -142,7 +147,6 @@ impl Server {
         let configured_ns = now_ns();
         let machine = make(Arc::clone(&self.owner))?;
         let entered_ns = now_ns();
-        machine.run();
         self.machine = Some(machine);
         Ok(Reply::Running { started_ns: self.started_ns, configured_ns, entered_ns })
     }
