@@ -29,6 +29,16 @@ JSON
   chmod 755 "$layout"
 }
 
+# write_debian_layout LAYOUT TREE REFERENCE: the same of a tree that mmdebstrap has made, which it removes.
+write_debian_layout() {
+  local layout=$1 tree=$2 reference=$3
+  # The mirror that this machine uses is nobody else's business; the rest differs from build to build.
+  rm -rf "$tree"/etc/apt/sources.list{,.d/*} "$tree"/var/log/* "$tree"/var/cache/{apt,debconf,ldconfig}/* \
+    "$tree"/etc/{resolv.conf,hostname}
+  write_layout "$layout" "$tree" "$reference" bash /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+  rm -rf --one-file-system "$tree"
+}
+
 # blob LAYOUT MEDIA_TYPE [MORE]: stores standard input, prints its descriptor.
 blob() {
   local layout=$1 type=$2 more=${3:-} file digest

@@ -84,9 +84,11 @@ clean_up() {
 
 up() {
   local owner=$1 image line keeper_out guard
-  [[ -z ${BULKHEAD_ARTIFACTS:-} || -d $BULKHEAD_ARTIFACTS ]] || die "BULKHEAD_ARTIFACTS=$BULKHEAD_ARTIFACTS: no such directory"
-  # The keeper works elsewhere.
-  [[ -z ${BULKHEAD_ARTIFACTS:-} ]] || BULKHEAD_ARTIFACTS=$(realpath "$BULKHEAD_ARTIFACTS")
+  if [[ -n ${BULKHEAD_ARTIFACTS:-} ]]; then
+    [[ -d $BULKHEAD_ARTIFACTS ]] || die "BULKHEAD_ARTIFACTS=$BULKHEAD_ARTIFACTS: no such directory"
+    # The keeper works elsewhere.
+    BULKHEAD_ARTIFACTS=$(realpath "$BULKHEAD_ARTIFACTS")
+  fi
   mkdir -p "$lab"
   # Whoever comes while another boots the lab waits for that.
   exec {guard}>"$lab/up"
