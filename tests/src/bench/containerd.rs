@@ -64,14 +64,15 @@ pub(crate) fn measure() -> Result<Vec<Row>> {
     add("exec", once("ctr exec of true in a running container", execs));
     add("delete", once("ctr delete of a running container", ends));
     let pick = |runs: &[[Duration; 2]], which: usize| runs.iter().map(|run| run[which]).collect::<Vec<_>>();
-    let read = || -> Result<Vec<Row>> {
+    let read = |name, reads: fn(&str, &Path) -> Result<Pairs>| -> Result<Vec<Row>> {
         let (reads, runc) = both(&own, reads)?;
         Ok(vec![
-            row("read 256 MiB through a bind mount", &pick(&reads, 0), &pick(&runc, 0), 1.5),
+            row(name, &pick(&reads, 0), &pick(&runc, 0), 1.5),
             Row::ms("  the same again", &pick(&reads, 1)).beside(PEER, &pick(&runc, 1)),
         ])
     };
-    add("read", read());
+    add("read", read("read 256 MiB through a bind mount, by 128 KiB", reads));
+    add("large read", read("read 256 MiB through a bind mount, by 1 MiB", large_reads));
     let find = || -> Result<Vec<Row>> {
         let (walks, runc) = both(&own, walks)?;
         Ok(vec![
@@ -127,13 +128,21 @@ fn ends(runtime: &str) -> Result<Vec<Duration>> {
 
 /// This program reads a file of the host twice.
 fn reads(runtime: &str, directory: &Path) -> Result<Pairs> {
+    reads_with(runtime, directory, &[])
+}
+
+fn large_reads(runtime: &str, directory: &Path) -> Result<Pairs> {
+    reads_with(runtime, directory, &[read::LARGE])
+}
+
+fn reads_with(runtime: &str, directory: &Path, how: &[&str]) -> Result<Pairs> {
     let (data, helper) = (directory.join("data"), directory.join("lab-bench"));
     if !data.exists() {
         write_data(&data)?;
         fs::copy(std::env::current_exe()?, &helper)?;
     }
     let mount = format!("type=bind,src={},dst=/shared,options=rbind:ro", directory.display());
-    let program = ["/shared/lab-bench", read::VERB, "/shared/data"];
+    let program = [&["/shared/lab-bench", read::VERB, "/shared/data"], how].concat();
     repeat(|| read_times(&mut ctr_run(runtime, NAME, &["--rm", "--mount", &mount], &program)?))
 }
 

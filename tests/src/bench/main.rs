@@ -33,7 +33,7 @@ fn main() -> Result {
     if let [verb, path, rest @ ..] = arguments.as_slice()
         && verb == read::VERB
     {
-        return read::read_twice(Path::new(path), rest.iter().any(|word| word == read::USED));
+        return read::read_twice(Path::new(path), rest);
     }
     if let [verb, path] = arguments.as_slice()
         && verb == containerd::FIND

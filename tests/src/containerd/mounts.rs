@@ -16,6 +16,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         trial("mounts: a read-only directory can be read, not written", read_only_directory),
         trial("mounts: a single file is shared both ways", file),
         trial("mounts: a read-only file can be read, not written", read_only_file),
+        trial("mounts: a large file is read whole in pieces of any size, and as it is by then", large_file),
         trial("mounts: several mounts are each in their place", several),
         trial("mounts: a source that is not there is an error that names it", missing),
     ]
@@ -89,6 +90,48 @@ fn read_only_file() -> Result {
     ensure(stderr(&output).contains("Read-only file system"), || stderr(&output))?;
     let kept = read_to_string(&shared)?;
     ensure(kept == "host\n", || kept)
+}
+
+/// Large reads and small ones do not take the same way, and one must not see less than the other.
+fn large_file() -> Result {
+    let shared = tempfile::tempdir()?;
+    let file = shared.path().join("file");
+    let mut data: Vec<u8> =
+        (0..2_500_000u32).map(|number| number.wrapping_mul(0x9e37_79b1).to_le_bytes()[3]).collect();
+    write(&file, &data)?;
+    let mount = bind(shared.path(), "/shared", "rbind:rw");
+    let container = in_background("reading", &["--mount", &mount], &["sleep", "1000"])?;
+    let reads = [
+        "dd bs=1M",
+        "dd bs=128k",
+        "{ dd bs=300001 count=2; dd bs=4k count=3; dd bs=1M; }",
+        "dd bs=4k",
+        "{ dd bs=4k count=3; dd bs=1M; }",
+    ];
+    let expect = |script: &str, data: &[u8]| {
+        let output = container.exec(&["sh", "-c", &format!("{script} </shared/file")])?;
+        ensure(output.stdout == data, || {
+            format!("{script}: {} bytes, {}", output.stdout.len(), stderr(&output))
+        })
+    };
+    for script in reads {
+        expect(script, &data)?;
+    }
+    // In the container it is seen at once, from the host a second later.
+    let script = "printf guest | dd of=/shared/file bs=1 seek=1500000 conv=notrunc";
+    expect_code(&container.exec(&["sh", "-c", script])?, 0)?;
+    data[1_500_000..1_500_005].copy_from_slice(b"guest");
+    expect(reads[0], &data)?;
+    data.truncate(2_000_000);
+    data[700_000..700_004].copy_from_slice(b"host");
+    write(&file, &data)?;
+    eventually("the container reads what the host has written", || {
+        Ok(container.exec(&["dd", "if=/shared/file", "bs=1M"])?.stdout == data)
+    })?;
+    for script in reads {
+        expect(script, &data)?;
+    }
+    container.end()
 }
 
 fn several() -> Result {
