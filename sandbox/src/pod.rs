@@ -22,6 +22,7 @@ use crate::agent::{Agent, AgentError};
 use crate::artifacts::Artifacts;
 use crate::cgroup::{CgroupError, SandboxCgroup};
 use crate::config::Config;
+use crate::control::ControlError;
 use crate::end::End;
 use crate::file_server::{FileServer, FileServerError};
 use crate::handover::{self, Bind, HandoverError, Root, RootfsMount};
@@ -174,8 +175,10 @@ impl PodError {
             | Self::Storage(StorageError::Layers(_) | StorageError::Format(_)) => ErrorKind::InvalidArgument,
             Self::Storage(StorageError::Slot(_)) => ErrorKind::ResourceExhausted,
             Self::Agent(error) | Self::Grow(GrowError::Agent(error)) => error.kind(),
+            Self::Grow(GrowError::Vmm(ControlError::Timeout(..)))
+            | Self::Sandbox(SandboxError::NotReady(_))
+            | Self::FileServer(FileServerError::Timeout) => ErrorKind::DeadlineExceeded,
             Self::Grow(GrowError::Vmm(_)) => ErrorKind::Unavailable,
-            Self::FileServer(FileServerError::Timeout) => ErrorKind::DeadlineExceeded,
             _ => ErrorKind::Internal,
         }
     }

@@ -182,6 +182,9 @@ impl Sandbox {
         if let Err(error @ (ControlError::Refused { .. } | ControlError::Protocol(_))) = reply {
             return Err(SandboxError::Refused(error));
         }
+        if let Err(ControlError::Timeout(..)) = reply {
+            return Err(SandboxError::NotReady(console.tail(CONSOLE_LINES)));
+        }
         match timeout(BOOT_TIMEOUT, until_ready(&mut events, &mut evidence)).await {
             Ok(true) => {}
             Ok(false) => {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use bulkhead_protocol::limits::is_valid_id;
+use bulkhead_protocol::limits::{CREATE_TIMEOUT_S, is_valid_id};
 use bulkhead_sandbox::agent::ProcessId;
 use bulkhead_sandbox::artifacts::Artifacts;
 use bulkhead_sandbox::config::Config;
@@ -28,6 +28,11 @@ use bulkhead_sandbox::handover::RootfsMount;
 use bulkhead_sandbox::oci;
 use bulkhead_sandbox::pod::{NewContainer, PodConfig};
 
+/// How long a container may take to be created in a machine that runs.
+const CREATE_TIMEOUT: Duration = Duration::from_secs(CREATE_TIMEOUT_S);
+/// How long a machine may take to be started with its first container: a guest that does not boot within a minute is booted once
+/// more, so that the error can say why.
+const MACHINE_TIMEOUT: Duration = Duration::from_mins(3);
 /// How long the guest may take to remove what is left of a container whose creation failed.
 const REMOVE_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -137,13 +142,14 @@ impl Shim {
             drop(slot);
             task.set_machine(Arc::clone(&machine));
             let container = NewContainer { sandbox: Some(&machine.first), ..container };
-            let created = machine.create(container, &self.directory).await;
-            return match created {
+            let created = timeout(CREATE_TIMEOUT, machine.create(container, &self.directory)).await;
+            return match created.map_err(|_| TaskError::Deadline("the container is not created"))? {
                 Ok(()) => Ok(machine),
                 Err(error) => Err(explain(&machine, TaskError::create(program, error)).await),
             };
         }
-        let machine = self.start_machine(config, container).await;
+        let machine = timeout(MACHINE_TIMEOUT, self.start_machine(config, container)).await;
+        let machine = machine.map_err(|_| TaskError::Deadline("the virtual machine does not start"))?;
         let machine = machine.map_err(|error| match error {
             TaskError::Pod(error) => TaskError::create(program, error),
             other => other,
