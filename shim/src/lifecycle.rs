@@ -4,14 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use bulkhead_protocol::limits::is_valid_id;
+use bulkhead_protocol::limits::{CREATE_TIMEOUT_S, is_valid_id};
 use bulkhead_sandbox::agent::{AgentError, Code, ProcessId, messages};
 use containerd_shim_protos::events::task::{
     TaskDelete, TaskExecAdded, TaskExecStarted, TaskPaused, TaskResumed, TaskStart,
 };
 use protobuf::MessageField;
 use rustix::process::Signal;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::attend::{self, DRAIN_TIMEOUT};
 use crate::errors::TaskError;
@@ -24,6 +24,10 @@ use crate::task::{Exec, Task};
 /// How long the guest may take to deliver a SIGKILL before its machine is ended in its place: with the machine's own end, kill is
 /// answered within five seconds.
 const KILL_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long a signal waits for the start of the exec that it is for: until then the guest does not know the process.
+const STARTING_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a start may take, with the CPUs that the container's machine gets first.
+const START_TIMEOUT: Duration = Duration::from_secs(CREATE_TIMEOUT_S);
 /// How long a deletion waits for the guest. containerd gives it five seconds, of which output may take two.
 const RELEASE_TIMEOUT: Duration = Duration::from_millis(2500);
 /// How long a deletion waits for the end of a container that was created and never started.
@@ -58,7 +62,8 @@ impl Shim {
     }
 
     async fn start_init(self: Arc<Self>, task: Arc<Task>, machine: Arc<Machine>) -> Result<u32, TaskError> {
-        match machine.pod().start_container(&task.id).await {
+        let started = timeout(START_TIMEOUT, machine.pod().start_container(&task.id)).await;
+        match started.unwrap_or(Err(AgentError::Timeout(START_TIMEOUT))) {
             Ok(()) => {
                 let pid = machine.pid();
                 self.events.publish(&TaskStart { container_id: task.id.clone(), pid, ..Default::default() });
@@ -183,6 +188,12 @@ impl Shim {
             return Err(TaskError::Invalid(format!("the signal {signal}")));
         }
         let is_kill = signal == Signal::KILL.as_raw().unsigned_abs();
+        let deadline = Instant::now() + KILL_TIMEOUT;
+        if !exec_id.is_empty() {
+            let mut state = process.watch();
+            let started = state.wait_for(|state| *state != State::Starting);
+            let _ = timeout(STARTING_TIMEOUT, started).await;
+        }
         match process.state() {
             State::Creating if is_kill => {
                 task.kill();
@@ -204,14 +215,17 @@ impl Shim {
             }
         };
         let sent = if is_kill {
-            let in_time = timeout(KILL_TIMEOUT, sending).await;
+            let in_time = timeout_at(deadline, sending).await;
             in_time.unwrap_or(Err(AgentError::Timeout(KILL_TIMEOUT)))
         } else {
             sending.await
         };
         match sent {
             Ok(()) => Ok(()),
-            Err(error) if error.code() == Some(Code::NOT_FOUND) => Err(TaskError::Finished),
+            Err(error) if error.code() == Some(Code::NOT_FOUND) => match process.state() {
+                State::Starting if !exec_id.is_empty() => Err(TaskError::NotStarted),
+                _ => Err(TaskError::Finished),
+            },
             Err(error) if is_kill && error.code().is_none() => {
                 tracing::error!(%error, id, "the guest does not take SIGKILL: its machine is ended");
                 machine.end("the guest did not take SIGKILL").await;
