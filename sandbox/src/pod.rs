@@ -14,6 +14,7 @@ use bulkhead_fs::control::ShareKind;
 use bulkhead_protocol::agent::{CreateContainerRequest, Rootfs, SharedNamespace, Stdio};
 use oci_spec::runtime::Spec;
 use rustix::process::geteuid;
+use tokio::runtime::Handle;
 use tokio::sync::OnceCell;
 use tokio::task::JoinHandle;
 use ttrpc::Code;
@@ -193,6 +194,26 @@ struct Holdings {
     writes_disk: bool,
 }
 
+/// The cgroup of a machine that is not there yet. Dropped, as when the making of the machine is given up, it is removed.
+struct Unused(Option<SandboxCgroup>);
+
+impl Unused {
+    /// Removes it. It is empty when the VMM, which has been killed, is gone.
+    async fn remove(&mut self) {
+        if let Some(cgroup) = self.0.take() {
+            let _ = tokio::task::spawn_blocking(move || cgroup.remove(GONE_TIMEOUT)).await;
+        }
+    }
+}
+
+impl Drop for Unused {
+    fn drop(&mut self) {
+        if let (Some(cgroup), Ok(runtime)) = (self.0.take(), Handle::try_current()) {
+            runtime.spawn_blocking(move || cgroup.remove(GONE_TIMEOUT));
+        }
+    }
+}
+
 /// A machine for the containers of one pod.
 #[derive(Debug)]
 pub struct Pod {
@@ -226,10 +247,11 @@ impl Pod {
         if let Some(cgroup) = &cgroup {
             cgroup.create(size, &first.spec)?;
         }
-        let started = Self::start_in(&config, first, cgroup.clone()).await;
-        if let (Err(_), Some(cgroup)) = (&started, cgroup) {
-            // It is empty when the VMM, which has been killed, is gone.
-            let _ = tokio::task::spawn_blocking(move || cgroup.remove(GONE_TIMEOUT)).await;
+        let mut unused = Unused(cgroup.clone());
+        let started = Self::start_in(&config, first, cgroup).await;
+        match &started {
+            Ok(_) => unused.0 = None,
+            Err(_) => unused.remove().await,
         }
         started
     }
