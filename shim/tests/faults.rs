@@ -150,6 +150,28 @@ async fn a_guest_that_does_not_take_a_sigkill_is_ended() {
 }
 
 #[tokio::test]
+async fn a_kill_that_nobody_waits_for_ends_the_container_all_the_same() {
+    let host = Host::new().await;
+    let shim = host.created("web", &["/bin/sleep", "600"], &["FAKE_DEAF=1"]).await;
+    shim.start("").await.unwrap();
+    let request = api::KillRequest { id: "web".into(), signal: SIGKILL, ..Default::default() };
+    let patience = ttrpc::context::with_duration(std::time::Duration::from_millis(300));
+    assert!(shim.client.kill(patience, &request).await.is_err());
+    assert_eq!(shim.wait("").await.unwrap(), 137);
+    shim.finish(&host).await;
+}
+
+#[tokio::test]
+async fn a_guest_that_only_says_that_it_kills_is_ended() {
+    let host = Host::new().await;
+    let shim = host.created("web", &["/bin/sleep", "600"], &["FAKE_IMMORTAL=1"]).await;
+    shim.start("").await.unwrap();
+    shim.kill("", SIGKILL).await.unwrap();
+    assert_eq!(shim.wait("").await.unwrap(), 137);
+    shim.finish(&host).await;
+}
+
+#[tokio::test]
 async fn a_signal_for_an_exec_that_does_not_start_is_not_taken_for_one_that_has_ended() {
     let host = Host::new().await;
     let shim = host.running("web", &["/bin/sleep", "600"]).await;

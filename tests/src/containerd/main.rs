@@ -3,6 +3,8 @@
 
 mod events;
 mod faults;
+mod full;
+mod hangs;
 mod many;
 mod mounts;
 mod options;
@@ -11,6 +13,7 @@ mod refused;
 mod roots;
 mod streams;
 mod tasks;
+mod update;
 
 use bulkhead_tests::ctr::{self, Before};
 use bulkhead_tests::retry;
@@ -40,11 +43,14 @@ fn tests() -> Result<Vec<Trial>> {
         options::tests(),
         mounts::tests(),
         tasks::tests(),
+        update::tests(),
         events::tests(),
         streams::tests(),
         refused::tests(),
         pods::tests(),
         faults::tests(),
+        hangs::tests(),
+        full::tests(),
         many::tests(),
     ] {
         tests.extend(more);

@@ -98,6 +98,12 @@ pub fn in_background_of(runtime: &str, id: &str, options: &[&str], command: &[&s
 }
 
 impl Container {
+    /// The container of this name.
+    #[must_use]
+    pub fn of(id: &str) -> Self {
+        Self(id.to_owned())
+    }
+
     /// Its name.
     pub fn id(&self) -> &str {
         &self.0

@@ -18,4 +18,4 @@ pub use daemon::{directory, kill, log_since, pid as daemon_pid, snapshotters, st
 pub use events::Events;
 pub use fifo::{Reader, make};
 pub use residue::{Before, descriptors, processes_called};
-pub use shim::{Code, Shim};
+pub use shim::{CallResult, Code, Shim};
