@@ -43,16 +43,19 @@ impl Tmpfs {
     /// Mounts one of so many bytes.
     pub fn new(bytes: u32) -> Result<Self> {
         let own = tempfile::tempdir()?;
-        let mut mounted = Self::over(own.path(), &format!("size={bytes},mode=700"))?;
-        mounted._own = Some(own);
-        Ok(mounted)
+        let path = own.path().to_owned();
+        Self::mount(path, Some(own), &format!("size={bytes},mode=700"))
     }
 
     /// Mounts one over a directory, with these options.
     pub fn over(path: &Path, options: &str) -> Result<Self> {
+        Self::mount(path.to_owned(), None, options)
+    }
+
+    fn mount(path: PathBuf, own: Option<tempfile::TempDir>, options: &str) -> Result<Self> {
         let options = format!("nodev,{options}");
-        tool(Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(path))?;
-        Ok(Self { path: path.to_owned(), _own: None })
+        tool(Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(&path))?;
+        Ok(Self { path, _own: own })
     }
 
     /// Where it is.

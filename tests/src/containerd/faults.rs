@@ -172,9 +172,10 @@ fn task_killed_early() -> Result {
             Ok::<_, String>(shim.create(&request).is_ok())
         });
         std::thread::sleep(std::time::Duration::from_millis(pause));
-        while !creating.is_finished() {
+        eventually("the creation ends", || {
             let _ = shim.kill("unborn", "", 9);
-        }
+            Ok(creating.is_finished())
+        })?;
         if creating.join().map_err(|_| "a thread panicked")?? {
             let _ = shim.kill("unborn", "", 9);
             let code = shim.wait("unborn", "")?;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bulkhead_rootfs_builder::guest_image;
 use bulkhead_tests::bulkhead::{eventually, expect_code};
 use bulkhead_tests::ctr::{
-    Bundle, CallResult, Code, Container, Shim, ctr, in_background, is_runc, status, tasks,
+    Bundle, CallResult, Code, Container, Shim, ctr, in_background, is_runc, processes_called, status, tasks,
 };
 use bulkhead_tests::files::{config, faulty_agent, share};
 use bulkhead_tests::vm::{Result, ensure};
@@ -21,7 +21,7 @@ use crate::{soak, trial};
 /// In which time a SIGKILL is answered, a call into the guest, and a start.
 const KILL: Duration = Duration::from_secs(5);
 const CALL: Duration = Duration::from_secs(10);
-const START: Duration = Duration::from_secs(60);
+const START: Duration = Duration::from_mins(1);
 /// What a busy machine may add to a time that only shows that a call does end.
 const LATE: Duration = Duration::from_secs(10);
 
@@ -34,6 +34,10 @@ pub(crate) fn tests() -> Vec<Trial> {
         trial("hangs: a container whose agent hangs is deleted by force", deleted_by_force),
         trial("hangs: a task whose process is stopped on the host is killed and deleted", stopped),
         trial("hangs: a task whose process is stopped before it starts is killed and deleted", stopped_early),
+        trial(
+            "hangs: a container that waits for a file server for ever is killed and deleted",
+            file_server_stopped,
+        ),
         soak("hangs: a start ends in time although the machine is stopped", start_ends),
     ]
 }
@@ -50,7 +54,7 @@ impl FaultyGuest {
         let image = share.path().join("guest.erofs");
         std::fs::remove_file(&image)?;
         guest_image::build(&faulty_agent(), &image)?;
-        let config = config(share.path(), &format!("[paths]\nshare = {:?}\n", share.path()))?;
+        let config = config(share.path(), &format!("[paths]\nshare = \"{}\"\n", share.path().display()))?;
         Ok(Self { _share: share, config })
     }
 
@@ -105,7 +109,7 @@ fn agent_hangs() -> Result {
     let (container, start) = guest.container("hung")?;
     let calls = [
         ("stats", timed("hung", |shim, id| shim.stats(id).map(drop))),
-        ("pause", timed("hung", |shim, id| shim.pause(id))),
+        ("pause", timed("hung", Shim::pause)),
         ("update", timed("hung", |shim, id| shim.update(id, &json!({ "memory": { "limit": 1 << 27 } })))),
         ("kill", timed("hung", |shim, id| shim.kill(id, "", 15))),
     ];
@@ -165,6 +169,23 @@ fn stopped_early() -> Result {
     let (bundle, _, shim) = created()?;
     end(&shim, "stopped")?;
     finish(&bundle, &shim)
+}
+
+/// Its guest takes the signal; but what waits for a file is not to be interrupted.
+fn file_server_stopped() -> Result {
+    if is_runc() {
+        return Ok(());
+    }
+    // A name that is not there is looked for again and again.
+    let script = "while :; do test -e /nothing; sleep 0.1; done";
+    let container = in_background("stopped", &[], &["sh", "-c", script])?;
+    match processes_called("bulkhead-fs", "--control-fd")?.as_slice() {
+        [pid] => stop(*pid)?,
+        other => return Err(format!("file servers: {other:?}").into()),
+    }
+    thread::sleep(Duration::from_secs(3));
+    end(&container.shim()?, "stopped")?;
+    container.delete()
 }
 
 fn start_ends() -> Result {
