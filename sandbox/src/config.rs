@@ -74,11 +74,13 @@ pub struct Defaults {
     pub memory: Size,
     /// CPUs.
     pub cpus: u8,
+    /// What a container of containerd's erofs snapshotter can write.
+    pub storage: Size,
 }
 
 impl Default for Defaults {
     fn default() -> Self {
-        Self { memory: Size(1 << 30), cpus: 2 }
+        Self { memory: Size(1 << 30), cpus: 2, storage: Size(16 << 30) }
     }
 }
 
@@ -177,6 +179,7 @@ impl Config {
             ("uids.count", config.uids.count.to_string(), None),
             ("defaults.memory", config.defaults.memory.to_string(), None),
             ("defaults.cpus", config.defaults.cpus.to_string(), None),
+            ("defaults.storage", config.defaults.storage.to_string(), None),
             ("annotations.allow", format!("[{}]", config.annotations.allow.join(", ")), None),
         ];
         let explain = |(key, value, variable): (&'static str, String, Option<(&'static str, String)>)| {
@@ -299,7 +302,7 @@ mod tests {
             .map(|line| if is_setting(&line) { &line[1..] } else { line })
             .collect::<Vec<_>>()
             .join("\n");
-        assert_eq!(settings, 8);
+        assert_eq!(settings, 9);
         let said = load(Some(&uncommented), &[]).unwrap();
         let paths = Paths {
             libexec: said.paths.libexec.clone(),

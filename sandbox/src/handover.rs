@@ -39,8 +39,13 @@ pub struct RootfsMount {
 /// What a container's root is on this host.
 #[derive(Debug)]
 pub enum Root {
-    /// EROFS images, the topmost first, with something writable above them.
-    Layers(Vec<PathBuf>),
+    /// EROFS images, with something writable above them.
+    Layers {
+        /// The topmost first.
+        images: Vec<PathBuf>,
+        /// The directory that belongs to the container's snapshot, where what it writes is kept.
+        snapshot: Option<PathBuf>,
+    },
     /// A disk with an ext4, open for reading and writing.
     Ext4(File),
     /// A directory to share.
@@ -128,16 +133,16 @@ pub fn root(mounts: &[RootfsMount], directory: Option<&Path>) -> Result<Root, Ha
     let has = |option: &str| mount.options.iter().any(|given| given == option);
     let source = Path::new(&mount.source);
     match mount.kind.as_str() {
-        "overlay" => Ok(match erofs_layers(&mount.options) {
-            Some(layers) => Root::Layers(layers),
-            None => Root::Share(share::overlay(&mount.options)?),
-        }),
+        "overlay" => match erofs_layers(&mount.options) {
+            Some(layers) => Ok(layers),
+            None => Ok(Root::Share(share::overlay(&mount.options)?)),
+        },
         kind if kind == "bind" || has("bind") || has("rbind") => {
             let depth = if has("bind") { Depth::One } else { Depth::All };
             Ok(Root::Share(share::bind(source, depth, has("ro"))?))
         }
         "erofs" => match image_file::open(source)? {
-            (_, Format::Erofs) => Ok(Root::Layers(vec![source.to_owned()])),
+            (_, Format::Erofs) => Ok(Root::Layers { images: vec![source.to_owned()], snapshot: None }),
             (_, Format::Ext4) => Err(HandoverError::Type("ext4 in a mount of type erofs".into())),
         },
         "ext4" => Ok(Root::Ext4(open_disk(source)?)),
@@ -145,16 +150,21 @@ pub fn root(mounts: &[RootfsMount], directory: Option<&Path>) -> Result<Root, Ha
     }
 }
 
-/// The images behind an overlay whose lower directories are all mounts of containerd's erofs snapshotter, the topmost first. What was
-/// written above them before must not be missed, so an upper directory with content makes it an ordinary overlay.
-fn erofs_layers(options: &[String]) -> Option<Vec<PathBuf>> {
+/// The images behind an overlay whose lower directories are all mounts of containerd's erofs snapshotter. What was written above
+/// them on the host must not be missed, so an upper directory with content makes it an ordinary overlay.
+fn erofs_layers(options: &[String]) -> Option<Root> {
     let value = |key: &str| options.iter().find_map(|option| option.strip_prefix(key)?.strip_prefix('='));
     if let Some(upper) = value("upperdir")
         && !share::is_empty(Path::new(upper)).ok()?
     {
         return None;
     }
-    value("lowerdir")?.split(':').map(|lower| erofs_layer(Path::new(lower))).collect()
+    let images: Option<_> =
+        value("lowerdir")?.split(':').map(|lower| erofs_layer(Path::new(lower))).collect();
+    // A snapshot has both in a directory of its own, which goes with it.
+    let parent = |key: &str| Path::new(value(key)?).parent();
+    let snapshot = parent("upperdir").filter(|own| parent("workdir") == Some(own)).map(Path::to_owned);
+    Some(Root::Layers { images: images?, snapshot })
 }
 
 fn erofs_layer(mounted: &Path) -> Option<PathBuf> {
@@ -312,10 +322,12 @@ mod tests {
         image[1036] = 12;
         fs::write(&erofs, &image).unwrap();
         assert!(matches!(root(&[mount("ext4", &ext4, &["loop", "rw"])], None).unwrap(), Root::Ext4(_)));
-        let Root::Layers(layers) = root(&[mount("erofs", &erofs, &["ro", "loop"])], None).unwrap() else {
+        let Root::Layers { images, snapshot: None } =
+            root(&[mount("erofs", &erofs, &["ro", "loop"])], None).unwrap()
+        else {
             panic!("no layers");
         };
-        assert_eq!(layers, std::slice::from_ref(&erofs));
+        assert_eq!(images, std::slice::from_ref(&erofs));
         assert!(matches!(root(&[mount("ext4", &erofs, &[])], None), Err(HandoverError::NotExt4(_))));
         assert!(root(&[mount("erofs", &ext4, &[])], None).is_err());
         assert!(root(&[mount("ext4", Path::new("/nonexistent"), &[])], None).is_err());

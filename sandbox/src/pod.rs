@@ -220,6 +220,8 @@ pub struct Pod {
     sandbox: Sandbox,
     agent: Agent,
     size: MachineSize,
+    /// How much a container whose root is layers can write.
+    storage: Size,
     /// Starts with the first share.
     file_server: OnceCell<FileServer>,
     file_server_program: PathBuf,
@@ -263,7 +265,8 @@ impl Pod {
     ) -> Result<Arc<Self>, PodError> {
         let size = config.size;
         let mut slots = Slots::default();
-        let plan = Plan::new(Prepared::make(&first, size).await?, first.id, &mut slots, size)?;
+        let storage = config.config.defaults.storage;
+        let plan = Plan::new(Prepared::make(&first, size, storage).await?, first.id, &mut slots, size)?;
 
         let empty = config.paths.empty()?;
         let entrance =
@@ -311,6 +314,7 @@ impl Pod {
             sandbox,
             agent,
             size,
+            storage,
             file_server: OnceCell::new_with(file_server.map(|(server, _)| server)),
             file_server_program: config.artifacts.file_server.clone(),
             empty,
@@ -331,7 +335,7 @@ impl Pod {
     /// # Errors
     /// [`PodError`]; nothing is left of what was made.
     pub async fn create(&self, container: NewContainer<'_>) -> Result<(), PodError> {
-        let prepared = Prepared::make(&container, self.size).await?;
+        let prepared = Prepared::make(&container, self.size, self.storage).await?;
         let plan = Plan::new(prepared, container.id, &mut locked(&self.slots), self.size)?;
         // From here on what it holds is known, so that it can be given back whatever happens.
         locked(&self.containers).insert(container.id.to_owned(), plan.holdings());
@@ -488,11 +492,13 @@ struct Prepared {
     namespaces: Vec<SharedNamespace>,
     root: Root,
     binds: Vec<Bind>,
+    /// For what is written above the layers of a root. Without it, that goes to the guest's memory.
+    disk: Option<File>,
 }
 
 impl Prepared {
     /// Opens what the container has of the host. A network file system may take its time, so a thread of its own does it.
-    async fn make(container: &NewContainer<'_>, size: MachineSize) -> Result<Self, PodError> {
+    async fn make(container: &NewContainer<'_>, size: MachineSize, storage: Size) -> Result<Self, PodError> {
         let (id, bundle) = (container.id.to_owned(), container.bundle.to_owned());
         let (mut spec, rootfs) = (container.spec.clone(), container.rootfs.to_vec());
         let first = container.sandbox.map(ToOwned::to_owned);
@@ -503,9 +509,16 @@ impl Prepared {
             let directory = spec.root().as_ref().map(|root| bundle.join(root.path()));
             let root = handover::root(&rootfs, directory.as_deref())?;
             let binds = handover::take_binds(&mut spec, &id, &bundle)?;
-            Ok(Self { spec, namespaces, root, binds })
+            Ok(Self { spec, namespaces, root, binds, disk: None })
         };
-        Ok(tokio::task::spawn_blocking(prepare).await??)
+        let mut prepared = tokio::task::spawn_blocking(prepare).await??;
+        let read_only = prepared.spec.root().as_ref().is_some_and(|root| root.readonly() == Some(true));
+        if let Root::Layers { snapshot: Some(directory), .. } = &prepared.root
+            && !read_only
+        {
+            prepared.disk = Some(storage::snapshot_disk(directory, storage).await?);
+        }
+        Ok(prepared)
     }
 }
 
@@ -520,13 +533,13 @@ struct Plan {
 
 impl Plan {
     fn new(prepared: Prepared, id: &str, slots: &mut Slots, size: MachineSize) -> Result<Self, PodError> {
-        let Prepared { spec, namespaces, root, binds } = prepared;
+        let Prepared { spec, namespaces, root, binds, disk } = prepared;
         let mut shares: Vec<_> = binds.into_iter().map(|bind| (bind, ShareKind::Bind)).collect();
         let storage = match root {
-            Root::Layers(layers) => {
-                // What the container writes takes up to half of the memory, as tmpfs does by itself.
+            Root::Layers { images, .. } => {
+                // In memory it takes up to half of that, as with a tmpfs of no stated size.
                 let half = Size(u64::from(size.memory_mib) << 19);
-                storage::plan(slots, &layers, Upper::Tmpfs(half))?
+                storage::plan(slots, &images, disk.map_or(Upper::Tmpfs(half), Upper::Scratch))?
             }
             Root::Ext4(disk) => storage::plan_ext4(slots, disk)?,
             Root::Share(mount) => {

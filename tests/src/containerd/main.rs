@@ -1,6 +1,8 @@
 //! The suite of the containerd runtime: `ctr` and the shim's own calls, against the runtime that `BULKHEAD_RUNTIME` names. It runs as
 //! root where containerd and Bulkhead are installed. Every test holds for runc, too: clients must not tell the difference.
 
+mod bootstrap;
+mod erofs;
 mod events;
 mod faults;
 mod full;
@@ -24,13 +26,18 @@ fn main() {
     let mut arguments = Arguments::from_args();
     // Each test looks for what it has left on the whole machine.
     arguments.test_threads = Some(1);
-    let tests = tests();
-    if let Err(error) = &tests {
+    let mut tests = tests().unwrap_or_else(|error| {
         ctr::stop();
         eprintln!("containerd: {error}");
         std::process::exit(101);
+    });
+    // Several parts of names, with | between them.
+    if !arguments.exact
+        && let Some(filter) = arguments.filter.take()
+    {
+        tests.retain(|test| filter.split('|').any(|part| test.name().contains(part)));
     }
-    let conclusion = libtest_mimic::run(&arguments, tests.unwrap_or_default());
+    let conclusion = libtest_mimic::run(&arguments, tests);
     ctr::stop();
     conclusion.exit();
 }
@@ -38,8 +45,11 @@ fn main() {
 /// The simple ones first. Which there are depends on the snapshotters of this containerd.
 fn tests() -> Result<Vec<Trial>> {
     ctr::start()?;
-    let mut tests = roots::tests(&ctr::snapshotters()?);
+    let snapshotters = ctr::snapshotters()?;
+    let mut tests = roots::tests(&snapshotters);
     for more in [
+        erofs::tests(&snapshotters),
+        bootstrap::tests()?,
         options::tests(),
         mounts::tests(),
         tasks::tests(),

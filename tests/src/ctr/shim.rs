@@ -75,6 +75,11 @@ impl Shim {
         Ok(Self { client: Client::connect(&bootstrap.address)?, version: bootstrap.version })
     }
 
+    /// The version of the task service that is spoken with it.
+    pub fn version(&self) -> u32 {
+        self.version
+    }
+
     fn call<A: Message>(&self, method: &str, request: &impl Message) -> ttrpc::Result<A> {
         let encoded = |error| ttrpc::Error::Others(format!("{method}: {error}"));
         let request = Request {
