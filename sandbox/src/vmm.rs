@@ -81,6 +81,10 @@ impl VmmProcess {
 }
 
 #[cfg(test)]
+#[path = "../tests/support/executable.rs"]
+mod executable;
+
+#[cfg(test)]
 mod tests {
     use std::fs::File;
     use std::os::unix::process::ExitStatusExt;
@@ -103,11 +107,7 @@ mod tests {
     ) -> (tempfile::TempDir, Result<(VmmProcess, ControlSocket), VmmError>) {
         let dir = tempfile::tempdir().unwrap();
         let executable = dir.path().join("vmm");
-        // Not written by this process: a child that another test forks meanwhile would hold it open, "text file busy".
-        let content = format!("#!/bin/sh\n{script}\n");
-        let write = r#"printf %s "$0" >"$1" && chmod 755 "$1""#;
-        let written = Command::new("sh").args(["-c", write, &content]).arg(&executable).status().unwrap();
-        assert!(written.success());
+        executable::script(&executable, script);
         let spawned = VmmProcess::spawn(&executable, &Jail { uid, root: dir.path(), network: Place::Owners });
         (dir, spawned)
     }
