@@ -15,8 +15,7 @@ use rustix::system::sysinfo;
 
 use super::root::Root;
 use crate::cli::{RunArgs, TimingsFormat};
-use crate::container::record::Record;
-use crate::container::registry::new_record;
+use crate::container::record::{Record, new_record};
 use crate::failure::Failure;
 use crate::message;
 use crate::spec::build::{ImageDefaults, process, spec};

@@ -12,7 +12,7 @@ use bulkhead_sandbox::slots::Slots;
 use bulkhead_sandbox::storage::{Storage, Upper, make_scratch, plan, plan_ext4};
 use rustix::fs::statvfs;
 
-use crate::container::registry::Claim;
+use crate::container::claim::Claim;
 use crate::failure::Failure;
 use crate::progress::Progress;
 use crate::spec::build::ImageDefaults;
