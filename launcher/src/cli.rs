@@ -74,7 +74,7 @@ pub(crate) struct ProcessArgs {
 #[allow(clippy::struct_excessive_bools, reason = "each is an option of its own on the command line")]
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
-The container has a loopback interface and no other network for now. It exits with the code of its command, with 128+n when
+The container has a loopback interface and no other network for now. It exits with the code of its command, with 128+n when \
 signal n ended it, with 127 when the command was not found, 126 when it cannot be executed, and 125 when Bulkhead failed.")]
 pub(crate) struct RunArgs {
     /// Leave the container running in the background and print its id
@@ -88,11 +88,12 @@ pub(crate) struct RunArgs {
     /// Name of the container
     #[arg(long)]
     pub(crate) name: Option<String>,
-    /// CPUs of the virtual machine [default: 2, or the configuration's]
+    /// CPUs of the virtual machine [default: as a bundle's limits need, otherwise 2 or the configuration's]
     #[arg(long, value_name = "N")]
     pub(crate) cpus: Option<u32>,
     /// Memory of the virtual machine, such as 512M or 4G; the guest's kernel and agent keep an eighth of it, at least 8 and at
-    /// most 32 MiB, and the container can use the rest [default: 1G, or the configuration's]
+    /// most 32 MiB, and the container can use the rest [default: as a bundle's limits need, otherwise 1G or the
+    /// configuration's]
     #[arg(long, value_name = "SIZE")]
     pub(crate) memory: Option<Size>,
     /// Most processes and threads that the container may have
@@ -111,8 +112,10 @@ pub(crate) struct RunArgs {
     /// Take a directory, or an EROFS or ext4 image, for the container's root, instead of IMAGE. It is not written to
     #[arg(long, value_name = "DIR|IMG", conflicts_with = "bundle")]
     pub(crate) rootfs: Option<PathBuf>,
-    /// Run an OCI bundle: a directory with config.json and a root, instead of IMAGE
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["env", "workdir", "user", "hostname", "pids_limit", "read_only"])]
+    /// Run an OCI bundle: a directory with config.json and a root, instead of IMAGE. What the container writes to its root is
+    /// in that directory
+    #[arg(long, value_name = "DIR", conflicts_with_all =
+        ["env", "workdir", "user", "hostname", "pids_limit", "read_only", "storage"])]
     pub(crate) bundle: Option<PathBuf>,
     /// Show afterwards, on standard error, where the time went
     #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "text")]

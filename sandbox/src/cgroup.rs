@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use oci_spec::runtime::{LinuxCpu, Spec};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::geteuid;
 
 use crate::sizing::MachineSize;
 
@@ -52,6 +53,20 @@ pub struct SandboxCgroup {
 }
 
 impl SandboxCgroup {
+    /// Makes the group that a configuration's `cgroupsPath` names, for a machine of this size whose first container has this
+    /// configuration. There is none for who is not root: only root can put processes into it.
+    ///
+    /// # Errors
+    /// [`CgroupError`]; of what was made, nothing is left that was not there.
+    pub fn make(cgroups_path: &str, size: MachineSize, spec: &Spec) -> Result<Option<Self>, CgroupError> {
+        if !geteuid().is_root() {
+            return Ok(None);
+        }
+        let group = Self::of(cgroups_path)?;
+        group.create(size, spec)?;
+        Ok(Some(group))
+    }
+
     /// The group that a configuration's `cgroupsPath` names, whether it exists or not.
     ///
     /// # Errors
@@ -67,11 +82,8 @@ impl SandboxCgroup {
         Ok(Self { directory: Path::new(ROOT).join(relative) })
     }
 
-    /// Makes the group, and those above it, with limits for a machine of this size. `spec` is that of the first container.
-    ///
-    /// # Errors
-    /// [`CgroupError`]; of what was made, nothing is left that was not there.
-    pub fn create(&self, size: MachineSize, spec: &Spec) -> Result<(), CgroupError> {
+    /// Makes the group, and those above it, with limits.
+    fn create(&self, size: MachineSize, spec: &Spec) -> Result<(), CgroupError> {
         if !Path::new(ROOT).join("cgroup.controllers").exists() {
             return Err(CgroupError::NotUnified);
         }
@@ -141,10 +153,8 @@ impl SandboxCgroup {
         // Opened first, so that no change after the attempt to remove is missed.
         let mut events = File::open(self.directory.join("cgroup.events")).ok();
         loop {
-            match fs::remove_dir(&self.directory) {
-                Ok(()) => return true,
-                Err(e) if e.kind() == io::ErrorKind::NotFound => return true,
-                Err(_) => {}
+            if self.is_removed() {
+                return true;
             }
             let (Some(events), Some(left)) = (&mut events, until.checked_duration_since(Instant::now()))
             else {
@@ -154,10 +164,18 @@ impl SandboxCgroup {
             let mut text = String::new();
             let read = events.rewind().and_then(|()| events.read_to_string(&mut text));
             if read.is_ok() && text.lines().any(|line| line == "populated 0") {
-                continue;
+                return self.is_removed();
             }
             let timeout = Timespec::try_from(left).ok();
             let _ = poll(&mut [PollFd::new(&*events, PollFlags::PRI)], timeout.as_ref());
+        }
+    }
+
+    /// True when there is no group, any more.
+    fn is_removed(&self) -> bool {
+        match fs::remove_dir(&self.directory) {
+            Ok(()) => true,
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
         }
     }
 

@@ -39,8 +39,13 @@ pub struct RootfsMount {
 /// What a container's root is on this host.
 #[derive(Debug)]
 pub enum Root {
-    /// EROFS images, the topmost first, with something writable above them.
-    Layers(Vec<PathBuf>),
+    /// EROFS images, with something writable above them.
+    Layers {
+        /// The images, the topmost first.
+        images: Vec<PathBuf>,
+        /// A disk for what the container writes; without one, that is kept in the guest's memory.
+        scratch: Option<File>,
+    },
     /// A disk with an ext4, open for reading and writing.
     Ext4(File),
     /// A directory to share.
@@ -107,6 +112,9 @@ pub enum HandoverError {
     /// A disk of the host.
     #[error("the device {0} is a disk of the host, which is not passed to a virtual machine")]
     BlockDevice(PathBuf),
+    /// A program of the host.
+    #[error("{0} hooks are not supported: they are programs of the host; remove them")]
+    Hooks(String),
     /// A set of CPUs that is none.
     #[error("{0:?} is not a list of CPUs")]
     Cpus(String),
@@ -129,7 +137,7 @@ pub fn root(mounts: &[RootfsMount], directory: Option<&Path>) -> Result<Root, Ha
     let source = Path::new(&mount.source);
     match mount.kind.as_str() {
         "overlay" => Ok(match erofs_layers(&mount.options) {
-            Some(layers) => Root::Layers(layers),
+            Some(images) => Root::Layers { images, scratch: None },
             None => Root::Share(share::overlay(&mount.options)?),
         }),
         kind if kind == "bind" || has("bind") || has("rbind") => {
@@ -137,7 +145,7 @@ pub fn root(mounts: &[RootfsMount], directory: Option<&Path>) -> Result<Root, Ha
             Ok(Root::Share(share::bind(source, depth, has("ro"))?))
         }
         "erofs" => match image_file::open(source)? {
-            (_, Format::Erofs) => Ok(Root::Layers(vec![source.to_owned()])),
+            (_, Format::Erofs) => Ok(Root::Layers { images: vec![source.to_owned()], scratch: None }),
             (_, Format::Ext4) => Err(HandoverError::Type("ext4 in a mount of type erofs".into())),
         },
         "ext4" => Ok(Root::Ext4(open_disk(source)?)),
@@ -175,6 +183,11 @@ fn open_disk(path: &Path) -> Result<File, HandoverError> {
     let exclusive = if block { OFlags::EXCL } else { OFlags::empty() };
     let flags = OFlags::RDWR | OFlags::CLOEXEC | exclusive;
     Ok(openat(CWD, path, flags, Mode::empty()).map_err(|e| failed(e.into()))?.into())
+}
+
+/// True when a configuration has bind mounts.
+pub fn has_binds(spec: &Spec) -> bool {
+    spec.mounts().iter().flatten().any(is_bind)
 }
 
 /// Takes the bind mounts of a configuration as shares, and has the configuration name those instead.
@@ -269,6 +282,18 @@ pub fn refuse_disks(spec: &Spec) -> Result<(), HandoverError> {
     disk.map_or(Ok(()), |device| Err(HandoverError::BlockDevice(device.path().clone())))
 }
 
+/// Makes sure that no program of the host is to be run.
+///
+/// # Errors
+/// [`HandoverError::Hooks`].
+pub fn refuse_hooks(spec: &Spec) -> Result<(), HandoverError> {
+    // As the specification names them.
+    let hooks = serde_json::to_value(spec.hooks()).unwrap_or_default();
+    let is_asked_for = |hooks: &serde_json::Value| hooks.as_array().is_some_and(|hooks| !hooks.is_empty());
+    let asked = hooks.as_object().into_iter().flatten().find(|(_, hooks)| is_asked_for(hooks));
+    asked.map_or(Ok(()), |(kind, _)| Err(HandoverError::Hooks(kind.clone())))
+}
+
 #[cfg(test)]
 mod tests {
     use rustix::process::geteuid;
@@ -312,10 +337,12 @@ mod tests {
         image[1036] = 12;
         fs::write(&erofs, &image).unwrap();
         assert!(matches!(root(&[mount("ext4", &ext4, &["loop", "rw"])], None).unwrap(), Root::Ext4(_)));
-        let Root::Layers(layers) = root(&[mount("erofs", &erofs, &["ro", "loop"])], None).unwrap() else {
+        let Root::Layers { images, scratch: None } =
+            root(&[mount("erofs", &erofs, &["ro", "loop"])], None).unwrap()
+        else {
             panic!("no layers");
         };
-        assert_eq!(layers, std::slice::from_ref(&erofs));
+        assert_eq!(images, std::slice::from_ref(&erofs));
         assert!(matches!(root(&[mount("ext4", &erofs, &[])], None), Err(HandoverError::NotExt4(_))));
         assert!(root(&[mount("erofs", &ext4, &[])], None).is_err());
         assert!(root(&[mount("ext4", Path::new("/nonexistent"), &[])], None).is_err());
@@ -393,6 +420,20 @@ mod tests {
         assert_eq!(renumbered("0-63", 2).unwrap(), "0-1");
         assert_eq!(renumbered("", 2).unwrap(), "");
         assert!(renumbered("x", 2).is_err());
+    }
+
+    #[test]
+    fn hooks_are_refused_by_their_kind_unless_there_are_none_in_the_list() {
+        let with = |kind: &str, hooks: Value| {
+            refuse_hooks(&spec(&json!({"ociVersion": "1.2.0", "hooks": {kind: hooks}})))
+        };
+        for kind in
+            ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"]
+        {
+            let error = with(kind, json!([{"path": "/x"}])).unwrap_err().to_string();
+            assert!(error.contains(kind), "{error}");
+            assert!(with(kind, json!([])).is_ok());
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use rustix::process::getpid;
 
-use super::files::{PACKED_FILE, SCRATCH_FILE, SOCKET_FILE, remove_directory, remove_disks};
+use super::files::{PACKED_FILE, SCRATCH_FILE, remove_directory, remove_disks};
 use super::record::{self, Outcome, RECORD_FILE, RUNNING_FILE, Record, Running};
 use super::registry::Registry;
 use crate::failure::Failure;
@@ -41,11 +41,6 @@ impl Claim {
     /// The place of the root that was packed from a directory.
     pub(crate) fn packed_root(&self) -> PathBuf {
         self.data.join(PACKED_FILE)
-    }
-
-    /// Where connections to the guest are made.
-    pub(crate) fn socket(&self) -> PathBuf {
-        self.run.join(SOCKET_FILE)
     }
 
     /// Writes down who runs the container: this process, and the VMM if there is one already.

@@ -11,8 +11,6 @@ use crate::failure::Failure;
 
 /// Name of the lock in a run directory, and of the one for the whole registry.
 pub(super) const LOCK_FILE: &str = ".lock";
-/// Name of the socket for connections to the guest, in a run directory.
-pub(super) const SOCKET_FILE: &str = "vsock";
 /// Name of the disk that a container writes to, in a data directory.
 pub(super) const SCRATCH_FILE: &str = "scratch.ext4";
 /// Name of a root that was packed from a directory, in a data directory.

@@ -6,14 +6,13 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use bulkhead_sandbox::paths::{Paths, private_directory};
+use bulkhead_sandbox::pod;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::claim::Claim;
-use super::files::{
-    LOCK_FILE, SOCKET_FILE, is_locked, lock_file, remove_directory, remove_disks, subdirectories,
-};
+use super::files::{LOCK_FILE, is_locked, lock_file, remove_directory, remove_disks, subdirectories};
 use super::name;
 use super::record::{self, Outcome, RECORD_FILE, RUNNING_FILE, Record, Running};
 use crate::failure::Failure;
@@ -167,7 +166,7 @@ impl Registry {
 
     /// Where connections to a running container's guest are made.
     pub(crate) fn socket(&self, id: &str) -> PathBuf {
-        self.paths.container_run(id).join(SOCKET_FILE)
+        self.paths.container_run(id).join(pod::SOCKET_FILE)
     }
 
     /// The run directory of a container.

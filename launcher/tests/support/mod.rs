@@ -12,6 +12,9 @@ mod artifacts;
 
 use artifacts::{elf, erofs};
 
+/// Its configuration: no KVM.
+pub const CONFIG: &str = "[paths]\nkvm = \"/dev/null\"\n";
+
 /// A host.
 pub struct Host(tempfile::TempDir);
 
@@ -29,7 +32,7 @@ impl Host {
         fs::write(host.path("share/vmlinux"), elf()).unwrap();
         host.boots_like("");
         fs::write(host.path("root.erofs"), erofs("")).unwrap();
-        fs::write(host.path("config.toml"), "[paths]\nkvm = \"/dev/null\"\n").unwrap();
+        fs::write(host.path("config.toml"), CONFIG).unwrap();
         host
     }
 
