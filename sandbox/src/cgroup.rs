@@ -8,9 +8,11 @@ use std::io::{self, Read as _, Seek as _};
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::libc;
+use nix::unistd::{ForkResult, fork};
 use oci_spec::runtime::{LinuxCpu, Spec};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::geteuid;
+use rustix::process::{geteuid, setsid};
 
 use crate::sizing::MachineSize;
 
@@ -21,6 +23,9 @@ const CONTROLLERS: [&str; 3] = ["cpu", "cpuset", "memory"];
 /// What VMM and file server need besides the guest's memory, in MiB: their own memory, what the file server knows of files, and the
 /// kernel's tables for the guest's memory, of which a 256th is for each page.
 const OVERHEAD_MIB: u64 = 64;
+
+/// How long a machine may take to be torn down while nobody waits.
+const TEARDOWN: Duration = Duration::from_mins(1);
 
 /// Why there is no cgroup.
 #[derive(Debug, thiserror::Error)]
@@ -176,6 +181,31 @@ impl SandboxCgroup {
         match fs::remove_dir(&self.directory) {
             Ok(()) => true,
             Err(error) => error.kind() == io::ErrorKind::NotFound,
+        }
+    }
+
+    /// Has a process of its own, which outlives this one, [`remove`](Self::remove) the group when its last process has ended, and
+    /// then do what is left to do.
+    ///
+    /// # Errors
+    /// When the system is out of processes.
+    pub fn remove_later(&self, then: impl FnOnce()) -> io::Result<()> {
+        // SAFETY: the child has no other thread and goes on with copies of all that this one has. It makes system calls and
+        // allocates, which glibc's fork leaves possible; it takes no lock that another thread could have held, and ends without
+        // running a destructor.
+        match unsafe { fork() }? {
+            ForkResult::Parent { .. } => Ok(()),
+            ForkResult::Child => {
+                // Nobody waits for the end of its output, and no terminal's signals are for it.
+                let _ = setsid();
+                // SAFETY: takes integers. Whatever had these descriptors is never used again.
+                unsafe { libc::syscall(libc::SYS_close_range, 0, u32::MAX, 0) };
+                if self.remove(TEARDOWN) {
+                    then();
+                }
+                // SAFETY: ends the process.
+                unsafe { libc::_exit(0) }
+            }
         }
     }
 

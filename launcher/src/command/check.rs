@@ -174,7 +174,7 @@ fn cgroup_line() -> Line {
         Ok(_) | Err(_) => warning(
             "cgroup v2",
             "not mounted on /sys/fs/cgroup",
-            "boot with systemd.unified_cgroup_hierarchy=1: limits on the host for whole sandboxes will need it",
+            "boot with systemd.unified_cgroup_hierarchy=1: without it nothing limits on the host what a sandbox takes",
         ),
     }
 }

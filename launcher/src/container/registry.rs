@@ -13,8 +13,8 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::claim::Claim;
 use super::files::{LOCK_FILE, is_locked, lock_file, remove_directory, remove_disks, subdirectories};
-use super::name;
 use super::record::{self, Outcome, RECORD_FILE, RUNNING_FILE, Record, Running};
+use super::{cgroups, name};
 use crate::failure::Failure;
 use crate::message;
 
@@ -48,7 +48,8 @@ pub(crate) struct Container {
 impl Registry {
     /// The registry, its directories made if need be.
     pub(crate) fn open(paths: &Paths) -> Result<Self, Failure> {
-        for directory in [&paths.data, &paths.run, &paths.data.join("containers")] {
+        let (containers, notes) = (paths.data.join("containers"), paths.run.join(cgroups::DIRECTORY));
+        for directory in [&paths.data, &paths.run, &containers, &notes] {
             private_directory(directory)?;
         }
         Ok(Self { paths: paths.clone() })
@@ -174,6 +175,11 @@ impl Registry {
         self.paths.container_run(id)
     }
 
+    /// What stands for the host's cgroup of a container.
+    pub(super) fn cgroup_note(&self, id: &str) -> PathBuf {
+        cgroups::note(&self.paths.run, id)
+    }
+
     /// The data directory of a container.
     pub(crate) fn data_directory(&self, id: &str) -> PathBuf {
         self.paths.container_data(id)
@@ -205,8 +211,9 @@ impl Registry {
                 Ok(None) | Err(_) => remove_directory(&data)?,
             }
             remove_directory(&run)?;
+            cgroups::bury(&self.cgroup_note(id));
         }
-        Ok(())
+        cgroups::sweep(&self.paths.run)
     }
 
     /// Writes down that a container's launcher was killed, or forgets the container if nothing was to be kept of it.

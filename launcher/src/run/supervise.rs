@@ -3,6 +3,8 @@
 use std::sync::{Arc, Mutex};
 
 use bulkhead_sandbox::agent::{AgentError, Code, ProcessId};
+use bulkhead_sandbox::cgroup::SandboxCgroup;
+use bulkhead_sandbox::oci;
 use bulkhead_sandbox::pod::{NewContainer, Pod, PodConfig, PodError};
 use bulkhead_sandbox::sandbox::console_text;
 use bulkhead_sandbox::timing::Stamp;
@@ -141,7 +143,7 @@ async fn start(request: &Request, claim: &Claim, plan: &Plan) -> Result<Arc<Pod>
         directory: &claim.run,
         size: request.size,
         network: network.clone(),
-        cgroup: None,
+        cgroup: cgroup(request, claim)?,
     };
     let starting = Box::pin(Pod::start(config, first));
     let started = progress::during("starting the container", starting).await;
@@ -152,6 +154,27 @@ async fn start(request: &Request, claim: &Claim, plan: &Plan) -> Result<Arc<Pod>
         },
         _ => error.into(),
     })
+}
+
+/// The host's cgroup that the container's configuration asks for. Where it says nothing, the sandbox can do without.
+fn cgroup(request: &Request, claim: &Claim) -> Result<Option<SandboxCgroup>, Failure> {
+    let spec = &request.workload.spec;
+    if let Some(path) = oci::cgroups_path(spec) {
+        return Ok(claim.make_cgroup(path, request.size, spec)?);
+    }
+    let parent = &request.config.cgroups.parent;
+    if parent.is_empty() {
+        return Ok(None);
+    }
+    let made = claim.make_cgroup(&format!("{parent}/{}", request.record.id), request.size, spec);
+    Ok(made.unwrap_or_else(|error| {
+        message::warn(&format!(
+            "nothing limits on the host what this sandbox takes: {}; if that is as it should be, set cgroups.parent to \"\" \
+             in the configuration",
+            Failure::from(error)
+        ));
+        None
+    }))
 }
 
 fn plan(request: &Request, claim: &Claim, mode: Mode) -> Result<Plan, Failure> {
@@ -176,12 +199,17 @@ async fn explain(pod: &Pod, error: AgentError) -> Failure {
     if let Some(code) = error.code() {
         return refusal(code, &error, "the container cannot be started");
     }
-    match pod.explain(error).await {
+    let failure = match pod.explain(error).await {
         PodError::Agent(error) => {
             Failure::new(format!("{}{}", Failure::from(error), console_text(&pod.console_tail())))
         }
         ended => ended.into(),
+    };
+    if pod.cgroup().is_some_and(|cgroup| cgroup.oom_kills() > 0) {
+        return failure
+            .context("the host killed the sandbox, which took more memory than its cgroup may have");
     }
+    failure
 }
 
 /// What a refusal to start a process means to the user.

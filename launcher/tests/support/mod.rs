@@ -12,8 +12,8 @@ mod artifacts;
 
 use artifacts::{elf, erofs};
 
-/// Its configuration: no KVM.
-pub const CONFIG: &str = "[paths]\nkvm = \"/dev/null\"\n";
+/// Its configuration: no KVM, and no cgroups of the host that the tests run on.
+pub const CONFIG: &str = "[paths]\nkvm = \"/dev/null\"\n[cgroups]\nparent = \"\"\n";
 
 /// A host.
 pub struct Host(tempfile::TempDir);

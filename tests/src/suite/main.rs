@@ -2,6 +2,7 @@
 
 mod background;
 mod boot;
+mod cgroups;
 mod faults;
 mod images;
 mod jail;
@@ -30,6 +31,7 @@ fn main() {
         images::tests(),
         roots::tests(),
         run::tests(),
+        cgroups::tests(),
         streams::tests(),
         terminal::tests(),
         background::tests(),
