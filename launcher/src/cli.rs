@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use bulkhead_sandbox::size::Size;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::spec::volume::{Volume, parse_mount, parse_volume};
+
 /// Runs containers, each in a virtual machine of its own.
 #[derive(Debug, Parser)]
 #[command(name = "bulkhead", version, max_term_width = 100, disable_help_subcommand = true)]
@@ -96,6 +98,13 @@ pub(crate) struct RunArgs {
     /// configuration's]
     #[arg(long, value_name = "SIZE")]
     pub(crate) memory: Option<Size>,
+    /// Mount a file or directory of the host at DST in the container, which sees what the host changes and the other way round.
+    /// With `:ro` the container cannot write to it
+    #[arg(short, long, value_name = "SRC:DST[:ro]", value_parser = parse_volume)]
+    pub(crate) volume: Vec<Volume>,
+    /// The same as type=bind,source=SRC,target=DST, with readonly added for `:ro`
+    #[arg(long, value_name = "type=bind,...", value_parser = parse_mount)]
+    pub(crate) mount: Vec<Volume>,
     /// Most processes and threads that the container may have
     #[arg(long, value_name = "N")]
     pub(crate) pids_limit: Option<u32>,
@@ -115,7 +124,7 @@ pub(crate) struct RunArgs {
     /// Run an OCI bundle: a directory with config.json and a root, instead of IMAGE. What the container writes to its root is
     /// in that directory
     #[arg(long, value_name = "DIR", conflicts_with_all =
-        ["env", "workdir", "user", "hostname", "pids_limit", "read_only", "storage"])]
+        ["env", "workdir", "user", "hostname", "pids_limit", "read_only", "storage", "volume", "mount"])]
     pub(crate) bundle: Option<PathBuf>,
     /// Show afterwards, on standard error, where the time went
     #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "text")]
@@ -272,5 +281,6 @@ mod tests {
     fn a_bundle_has_its_own_settings() {
         assert!(Cli::try_parse_from(["bulkhead", "run", "--bundle", "b", "--user", "x"]).is_err());
         assert!(Cli::try_parse_from(["bulkhead", "run", "--bundle", "b", "--rootfs", "x"]).is_err());
+        assert!(Cli::try_parse_from(["bulkhead", "run", "--bundle", "b", "-v", "/a:/b"]).is_err());
     }
 }

@@ -131,6 +131,9 @@ fn from_image(args: &RunArgs, paths: &Paths, record: &mut Record) -> Result<Work
     {
         words = rest;
     }
+    if !(args.volume.is_empty() && args.mount.is_empty()) {
+        require_root()?;
+    }
     let hostname = args.hostname.as_deref().unwrap_or(&record.id);
     check_hostname(hostname)?;
     record.command = defaults.command(words)?;

@@ -19,7 +19,10 @@ const MIB: u64 = 1 << 20;
 
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
-        trial("cgroup: the VMM is in one that bounds its memory, and that goes with it", bounded),
+        trial(
+            "cgroup: VMM and file server are in one that bounds their memory, and that goes with them",
+            bounded,
+        ),
         trial("cgroup: a bundle has the one that it names, with its CPUs and its shares", named),
         trial("cgroup: that of a killed supervisor is removed by the next command", killed),
         trial("cgroup: without a parent there is none", without),
@@ -53,12 +56,14 @@ fn names(group: &str) -> Result<Vec<String>> {
 }
 
 fn bounded() -> Result {
-    detach("bounded", &["--memory", "256M"], &["sleep", "1000"])?;
+    let directory = tempfile::tempdir()?;
+    let volume = format!("{}:/data", directory.path().display());
+    detach("bounded", &["--memory", "256M", "-v", &volume], &["sleep", "1000"])?;
     let row = listed("bounded")?;
     let group = group_of(row["vmm_pid"].as_u64().ok_or("no VMM")?)?;
     ensure(group == format!("bulkhead/{}", row["id"].as_str().unwrap_or_default()), || group.clone())?;
     let inside = names(&group)?;
-    ensure(inside == ["bulkhead-vmm"], || format!("{inside:?}"))?;
+    ensure(inside == ["bulkhead-fs", "bulkhead-vmm"], || format!("{inside:?}"))?;
     // The machine, the kernel's account of its pages, and what VMM and file server need.
     let most = setting(&group, "memory.max")?;
     ensure(most == ((256 + 1 + 64) * MIB).to_string(), || most.clone())?;

@@ -13,6 +13,7 @@ mod run;
 mod snapshot;
 mod streams;
 mod terminal;
+mod volumes;
 
 use bulkhead_tests::residue::{self, Before};
 use bulkhead_tests::{retry, vm};
@@ -30,6 +31,7 @@ fn main() {
         refused::tests(),
         images::tests(),
         roots::tests(),
+        volumes::tests(),
         run::tests(),
         cgroups::tests(),
         streams::tests(),
