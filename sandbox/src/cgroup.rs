@@ -3,7 +3,7 @@
 //! A container's own limits are enforced in the guest. The group bounds the machine as a whole, and has the shares and the CPUs of the
 //! host that the container was given.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Read as _, Seek as _};
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -131,12 +131,12 @@ impl SandboxCgroup {
         Ok(())
     }
 
-    /// The file by which processes come into the group: whoever writes `0` to it does.
+    /// The group's directory, by which processes are born into it.
     ///
     /// # Errors
     /// When the group does not exist.
     pub fn entrance(&self) -> io::Result<File> {
-        OpenOptions::new().write(true).open(self.directory.join("cgroup.procs"))
+        File::open(&self.directory)
     }
 
     /// Processes in the group that were killed because it had no memory left.

@@ -21,6 +21,7 @@
 
 pub mod agent;
 pub mod artifacts;
+mod birth;
 pub mod cgroup;
 mod cmdline;
 pub mod config;

@@ -285,11 +285,10 @@ impl Pod {
             kvm: &config.config.paths.kvm,
             memory_mib: size.memory_mib,
             cpus: size.cpus,
-            jail: Jail { uid: uid.as_ref(), root: &empty, network },
+            jail: Jail { uid: uid.as_ref(), root: &empty, network, cgroup: entrance.as_ref() },
             socket: &socket,
             disks: &plan.disks,
             shares: file_server.as_ref().map(|(_, requests)| requests),
-            cgroup: entrance.as_ref(),
         };
         let serve = async {
             match &file_server {
