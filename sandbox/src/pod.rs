@@ -10,9 +10,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bulkhead_fs::control::ShareKind;
-use bulkhead_protocol::agent::{CreateContainerRequest, Rootfs, Stdio};
-use oci_spec::runtime::Spec;
 use rustix::process::geteuid;
 use tokio::sync::OnceCell;
 use tokio::task::JoinHandle;
@@ -23,18 +20,17 @@ use crate::agent::{Agent, AgentError};
 use crate::artifacts::Artifacts;
 use crate::cgroup::{CgroupError, SandboxCgroup};
 use crate::config::Config;
-use crate::disk::Disk;
+use crate::container::{Holdings, NewContainer, Plan, Prepared};
 use crate::end::End;
 use crate::file_server::{FileServer, FileServerError};
-use crate::handover::{self, Bind, HandoverError, Root, RootfsMount};
+use crate::handover::HandoverError;
 use crate::oci::Network;
 use crate::paths::{PathError, Paths};
 use crate::process::Place;
 use crate::sandbox::{DEATH_TIMEOUT, GrowError, Sandbox, SandboxConfig, SandboxError, console_text};
-use crate::size::Size;
 use crate::sizing::MachineSize;
 use crate::slots::{self, Slots};
-use crate::storage::{self, Storage, StorageError, Upper};
+use crate::storage::StorageError;
 use crate::timing::{BootTimes, Stamp};
 use crate::uid::{UidError, UidLease};
 use crate::vmm::Jail;
@@ -64,34 +60,6 @@ pub struct PodConfig<'a> {
     pub network: Network,
     /// The host's cgroup that it is to be in, which has been made.
     pub cgroup: Option<SandboxCgroup>,
-}
-
-/// A container to be made.
-#[derive(Debug)]
-pub struct NewContainer<'a> {
-    /// Its name, an id.
-    pub id: &'a str,
-    /// Its configuration.
-    pub spec: Spec,
-    /// Its bundle.
-    pub bundle: &'a Path,
-    /// Its root.
-    pub root: RootSource<'a>,
-    /// Its standard streams.
-    pub stdio: Stdio,
-    /// Whom it runs as, by a name or a number that is looked up in its root. If that is empty, its configuration says it.
-    pub user: &'a str,
-    /// The first container of the pod, if this is another one.
-    pub sandbox: Option<&'a str>,
-}
-
-/// Where a container's root comes from.
-#[derive(Debug)]
-pub enum RootSource<'a> {
-    /// From the mounts that containerd hands over; without any, it is the directory `root.path` of the configuration.
-    Mounts(&'a [RootfsMount]),
-    /// The caller has opened it.
-    Opened(Root),
 }
 
 /// Why there is no pod or no container.
@@ -205,15 +173,6 @@ impl PodError {
             _ => ErrorKind::Internal,
         }
     }
-}
-
-/// What a container has of its machine's, to be given back.
-#[derive(Debug, Default)]
-struct Holdings {
-    slots: Vec<u8>,
-    shares: Vec<String>,
-    /// Its root is a disk of the host.
-    writes_disk: bool,
 }
 
 /// A machine for the containers of one pod.
@@ -507,89 +466,5 @@ async fn explain(sandbox: &Sandbox, error: AgentError) -> PodError {
     match timeout(END_TIMEOUT, sandbox.ended()).await {
         Ok(end) => PodError::Ended { end, console: sandbox.console_tail() },
         Err(_) => error.into(),
-    }
-}
-
-/// What the host has for a container, opened, and what the agent is told but for the root.
-struct Prepared {
-    request: CreateContainerRequest,
-    root: Root,
-    binds: Vec<Bind>,
-}
-
-impl Prepared {
-    /// Opens what the container has of the host. A network file system may take its time, so a thread of its own does it.
-    async fn make(container: NewContainer<'_>, size: MachineSize) -> Result<Self, PodError> {
-        let NewContainer { id, mut spec, bundle, root, stdio, user, sandbox } = container;
-        let (id, bundle, first) = (id.to_owned(), bundle.to_owned(), sandbox.map(ToOwned::to_owned));
-        let mut request = CreateContainerRequest {
-            container_id: id.clone(),
-            stdio: Some(stdio).into(),
-            user: user.to_owned(),
-            ..Default::default()
-        };
-        let (mounts, opened) = match root {
-            RootSource::Mounts(mounts) => (mounts.to_vec(), None),
-            RootSource::Opened(root) => (Vec::new(), Some(root)),
-        };
-        let has_nothing_to_open = opened.is_some() && !handover::has_binds(&spec);
-        let prepare = move || -> Result<Self, PodError> {
-            handover::refuse_hooks(&spec)?;
-            handover::refuse_disks(&spec)?;
-            request.shared_namespaces = handover::take_namespaces(&mut spec, first.as_deref())?;
-            handover::renumber_cpus(&mut spec, size.cpus)?;
-            let directory = spec.root().as_ref().map(|root| bundle.join(root.path()));
-            let root = opened.map_or_else(|| handover::root(&mounts, directory.as_deref()), Ok)?;
-            let binds = handover::take_binds(&mut spec, &id, &bundle)?;
-            request.spec = serde_json::to_vec(&spec)?;
-            Ok(Self { request, root, binds })
-        };
-        if has_nothing_to_open { prepare() } else { tokio::task::spawn_blocking(prepare).await? }
-    }
-}
-
-/// A container as the guest can have it.
-#[derive(Debug)]
-struct Plan {
-    request: CreateContainerRequest,
-    disks: Vec<(u8, Disk)>,
-    shares: Vec<(Bind, ShareKind)>,
-}
-
-impl Plan {
-    fn new(prepared: Prepared, slots: &mut Slots, size: MachineSize) -> Result<Self, PodError> {
-        let Prepared { mut request, root, binds } = prepared;
-        let mut shares: Vec<_> = binds.into_iter().map(|bind| (bind, ShareKind::Bind)).collect();
-        let Storage { disks, rootfs } = match root {
-            Root::Layers { images, scratch } => {
-                // What the container writes takes up to half of the memory, as tmpfs does by itself.
-                let half = Upper::Tmpfs(Size(u64::from(size.memory_mib) << 19));
-                storage::plan(slots, &images, scratch.map_or(half, Upper::Scratch))?
-            }
-            Root::Ext4(disk) => storage::plan_ext4(slots, disk)?,
-            Root::Share(mount) => {
-                let name = format!("{}.root", request.container_id);
-                let rootfs = Rootfs { share: name.clone(), ..Default::default() };
-                shares.push((Bind { name, mount, read_only: false }, ShareKind::Root));
-                Storage { disks: Vec::new(), rootfs }
-            }
-        };
-        request.rootfs = Some(rootfs).into();
-        Ok(Self { request, disks, shares })
-    }
-
-    fn holdings(&self) -> Holdings {
-        Holdings {
-            slots: self.disks.iter().map(|(slot, _)| *slot).collect(),
-            shares: self.shares.iter().map(|(bind, _)| bind.name.clone()).collect(),
-            writes_disk: self.disks.iter().any(|(_, disk)| !disk.read_only),
-        }
-    }
-
-    async fn serve(&self, server: &FileServer) -> Result<(), PodError> {
-        for (bind, kind) in &self.shares {
-            server.add(&bind.name, &bind.mount, *kind, bind.read_only).await?;
-        }
-        Ok(())
     }
 }

@@ -25,9 +25,10 @@ use crate::options;
 use crate::process::{Exit, KILLED, Process, State};
 use crate::shim::{Shim, explain, through};
 use crate::task::Task;
+use bulkhead_sandbox::container::{NewContainer, RootSource};
 use bulkhead_sandbox::handover::RootfsMount;
 use bulkhead_sandbox::oci;
-use bulkhead_sandbox::pod::{NewContainer, PodConfig, PodError, RootSource};
+use bulkhead_sandbox::pod::{PodConfig, PodError};
 
 /// How long the guest may take to remove what is left of a container whose creation failed.
 const REMOVE_TIMEOUT: Duration = Duration::from_secs(3);

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use bulkhead_rootfs_builder::directory;
 use bulkhead_rootfs_builder::store::Store;
+use bulkhead_sandbox::container::RootSource;
 use bulkhead_sandbox::handover;
 use bulkhead_sandbox::image_file::{self, Format};
 use bulkhead_sandbox::paths::Paths;
-use bulkhead_sandbox::pod::RootSource;
 use bulkhead_sandbox::size::Size;
 use bulkhead_sandbox::storage::make_scratch;
 use rustix::fs::statvfs;

@@ -4,8 +4,9 @@ use std::sync::{Arc, Mutex};
 
 use bulkhead_sandbox::agent::{AgentError, Code, ProcessId};
 use bulkhead_sandbox::cgroup::SandboxCgroup;
+use bulkhead_sandbox::container::NewContainer;
 use bulkhead_sandbox::oci;
-use bulkhead_sandbox::pod::{NewContainer, Pod, PodConfig, PodError};
+use bulkhead_sandbox::pod::{Pod, PodConfig, PodError};
 use bulkhead_sandbox::sandbox::console_text;
 use bulkhead_sandbox::timing::Stamp;
 
