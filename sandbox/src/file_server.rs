@@ -95,7 +95,7 @@ impl FileServer {
             alone: geteuid().is_root(),
         };
         let process =
-            Process::spawn(launch).map_err(|e| FileServerError::Process(executable.to_owned(), e))?;
+            Process::spawn(&launch).map_err(|e| FileServerError::Process(executable.to_owned(), e))?;
         let socket = watch_owner(control, Interest::READABLE).map_err(FileServerError::Socket)?;
         Ok((Self { process, control: Mutex::new(Control { socket, next_id: 0, next_answer: 0 }) }, requests))
     }

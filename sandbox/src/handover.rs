@@ -36,15 +36,26 @@ pub struct RootfsMount {
     pub options: Vec<String>,
 }
 
+/// Where it is kept what a container writes above layers.
+#[derive(Debug)]
+pub enum Above {
+    /// In the guest's memory.
+    Memory,
+    /// On a disk made by [`make_scratch`](crate::storage::make_scratch) or [`snapshot_disk`](crate::storage::snapshot_disk).
+    Disk(File),
+    /// On a disk that is to be in the directory of the container's snapshot.
+    Snapshot(PathBuf),
+}
+
 /// What a container's root is on this host.
 #[derive(Debug)]
 pub enum Root {
     /// EROFS images, with something writable above them.
     Layers {
-        /// The topmost first.
+        /// The images, the topmost first.
         images: Vec<PathBuf>,
-        /// The directory that belongs to the container's snapshot, where what it writes is kept.
-        snapshot: Option<PathBuf>,
+        /// Where it is kept what the container writes above them.
+        above: Above,
     },
     /// A disk with an ext4, open for reading and writing.
     Ext4(File),
@@ -112,6 +123,9 @@ pub enum HandoverError {
     /// A disk of the host.
     #[error("the device {0} is a disk of the host, which is not passed to a virtual machine")]
     BlockDevice(PathBuf),
+    /// A program of the host.
+    #[error("{0} hooks are not supported: they are programs of the host; remove them")]
+    Hooks(String),
     /// A set of CPUs that is none.
     #[error("{0:?} is not a list of CPUs")]
     Cpus(String),
@@ -142,7 +156,7 @@ pub fn root(mounts: &[RootfsMount], directory: Option<&Path>) -> Result<Root, Ha
             Ok(Root::Share(share::bind(source, depth, has("ro"))?))
         }
         "erofs" => match image_file::open(source)? {
-            (_, Format::Erofs) => Ok(Root::Layers { images: vec![source.to_owned()], snapshot: None }),
+            (_, Format::Erofs) => Ok(Root::Layers { images: vec![source.to_owned()], above: Above::Memory }),
             (_, Format::Ext4) => Err(HandoverError::Type("ext4 in a mount of type erofs".into())),
         },
         "ext4" => Ok(Root::Ext4(open_disk(source)?)),
@@ -164,7 +178,7 @@ fn erofs_layers(options: &[String]) -> Option<Root> {
     // A snapshot has both in a directory of its own, which goes with it.
     let parent = |key: &str| Path::new(value(key)?).parent();
     let snapshot = parent("upperdir").filter(|own| parent("workdir") == Some(own)).map(Path::to_owned);
-    Some(Root::Layers { images: images?, snapshot })
+    Some(Root::Layers { images: images?, above: snapshot.map_or(Above::Memory, Above::Snapshot) })
 }
 
 fn erofs_layer(mounted: &Path) -> Option<PathBuf> {
@@ -185,6 +199,11 @@ fn open_disk(path: &Path) -> Result<File, HandoverError> {
     let exclusive = if block { OFlags::EXCL } else { OFlags::empty() };
     let flags = OFlags::RDWR | OFlags::CLOEXEC | exclusive;
     Ok(openat(CWD, path, flags, Mode::empty()).map_err(|e| failed(e.into()))?.into())
+}
+
+/// True when a configuration has bind mounts.
+pub fn has_binds(spec: &Spec) -> bool {
+    spec.mounts().iter().flatten().any(is_bind)
 }
 
 /// Takes the bind mounts of a configuration as shares, and has the configuration name those instead.
@@ -279,6 +298,18 @@ pub fn refuse_disks(spec: &Spec) -> Result<(), HandoverError> {
     disk.map_or(Ok(()), |device| Err(HandoverError::BlockDevice(device.path().clone())))
 }
 
+/// Makes sure that no program of the host is to be run.
+///
+/// # Errors
+/// [`HandoverError::Hooks`].
+pub fn refuse_hooks(spec: &Spec) -> Result<(), HandoverError> {
+    // As the specification names them.
+    let hooks = serde_json::to_value(spec.hooks()).unwrap_or_default();
+    let is_asked_for = |hooks: &serde_json::Value| hooks.as_array().is_some_and(|hooks| !hooks.is_empty());
+    let asked = hooks.as_object().into_iter().flatten().find(|(_, hooks)| is_asked_for(hooks));
+    asked.map_or(Ok(()), |(kind, _)| Err(HandoverError::Hooks(kind.clone())))
+}
+
 #[cfg(test)]
 mod tests {
     use rustix::process::geteuid;
@@ -322,7 +353,7 @@ mod tests {
         image[1036] = 12;
         fs::write(&erofs, &image).unwrap();
         assert!(matches!(root(&[mount("ext4", &ext4, &["loop", "rw"])], None).unwrap(), Root::Ext4(_)));
-        let Root::Layers { images, snapshot: None } =
+        let Root::Layers { images, above: Above::Memory } =
             root(&[mount("erofs", &erofs, &["ro", "loop"])], None).unwrap()
         else {
             panic!("no layers");
@@ -405,6 +436,20 @@ mod tests {
         assert_eq!(renumbered("0-63", 2).unwrap(), "0-1");
         assert_eq!(renumbered("", 2).unwrap(), "");
         assert!(renumbered("x", 2).is_err());
+    }
+
+    #[test]
+    fn hooks_are_refused_by_their_kind_unless_there_are_none_in_the_list() {
+        let with = |kind: &str, hooks: Value| {
+            refuse_hooks(&spec(&json!({"ociVersion": "1.2.0", "hooks": {kind: hooks}})))
+        };
+        for kind in
+            ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"]
+        {
+            let error = with(kind, json!([{"path": "/x"}])).unwrap_err().to_string();
+            assert!(error.contains(kind), "{error}");
+            assert!(with(kind, json!([])).is_ok());
+        }
     }
 
     #[test]

@@ -15,7 +15,8 @@ use tokio::time::timeout;
 
 use crate::record;
 use bulkhead_sandbox::cgroup::SandboxCgroup;
-use bulkhead_sandbox::pod::{NewContainer, Pod, PodConfig, PodError};
+use bulkhead_sandbox::container::NewContainer;
+use bulkhead_sandbox::pod::{Pod, PodConfig, PodError};
 
 /// How long a VMM may take to follow an order to end before it is killed.
 const STOP_TIMEOUT: Duration = Duration::from_millis(500);
