@@ -128,6 +128,11 @@ impl FileServer {
         self.process.pid()
     }
 
+    /// Ends it.
+    pub fn end(&self) {
+        self.process.kill();
+    }
+
     /// How it ended, as far as that is known, for a log.
     pub async fn last_words(&mut self) -> String {
         match self.process.post_mortem(Duration::ZERO).await {

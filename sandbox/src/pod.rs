@@ -453,6 +453,13 @@ impl Pod {
         self.file_server.get().map(FileServer::pid)
     }
 
+    /// Ends the file server, which ends by itself with the VMM unless it hangs.
+    pub fn end_file_server(&self) {
+        if let Some(server) = self.file_server.get() {
+            server.end();
+        }
+    }
+
     /// The machine's size.
     pub fn size(&self) -> MachineSize {
         self.size

@@ -141,7 +141,7 @@ impl Process {
         (self.status, escape(written.trim_ascii()).replace("\\n", "; "))
     }
 
-    /// Ends it.
+    /// Ends it, whatever state it is in.
     pub(crate) fn kill(&self) {
         if self.status.is_none() {
             // It fails when the process has ended already, which is just as well.
