@@ -12,8 +12,8 @@ guest     := $(target)/x86_64-unknown-linux-gnu/guest
 artifacts := $(target)/artifacts
 stage     := $(target)/stage
 
-.PHONY: help demo test soak bench lab install build setup kernel binaries agent faulty-agent guest-image tests images lab-image stage \
-  test-stage clean
+.PHONY: help demo test soak bench lab install build setup kernel binaries agent faulty-agent guest-image tests images lab-image \
+  forky-image stage test-stage clean
 
 # A compiler, a download and a package installation keep different parts of the machine busy, so they run side by side. Cargo and
 # the kernel's make count the CPUs themselves: they are not to hear of this make's jobs.
@@ -62,6 +62,10 @@ images: setup
 lab-image: setup images
 	@grep -qwE 'vmx|svm' /proc/cpuinfo || tests/lab/lab build >/dev/null
 
+# The other lab, with containerd 2.1.
+forky-image: lab-image
+	@[ "$$(id -u)" != 0 ] || BULKHEAD_LAB_RELEASE=forky tests/lab/lab build >/dev/null
+
 # What the lab gets: an installation and images.
 stage: build images lab-image
 	@rm -rf $(stage)
@@ -86,10 +90,10 @@ test-stage: tests faulty-agent
 demo: stage
 	@tests/demo
 
-test: test-stage
+test: test-stage forky-image
 	@tests/run
 
-soak: test-stage
+soak: test-stage forky-image
 	@tests/soak
 
 bench: test-stage

@@ -41,6 +41,13 @@ containerd_suite() {
   fi
 }
 
+# containerd_2_suite NAME [OPTION...]: the same with Debian forky's containerd 2.1, which is only to be had in the lab.
+containerd_2_suite() {
+  local name=$1
+  shift
+  where=lab BULKHEAD_LAB_RELEASE=forky suite "$name" with_kvm /usr/local/libexec/bulkhead-tests/containerd-suite "$@"
+}
+
 # with_kvm COMMAND...: runs a command, given by its path in the stage, where KVM is.
 with_kvm() {
   if [[ $where == here ]]; then

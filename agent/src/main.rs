@@ -10,6 +10,7 @@ mod cgroup;
 mod container;
 mod control;
 mod descriptor;
+mod fault;
 mod guest;
 mod lifecycle;
 mod log;
@@ -70,7 +71,7 @@ async fn serve(zygote: zygote::Unattached, command_line: &str) -> ! {
     if let Err(error) = status::report(bulkhead_protocol::status::READY) {
         status::fail(&format_args!("write the status port: {error}"));
     }
-    fault(command_line);
+    fault::when_ready(command_line);
     let error = process::reap(&lifecycle.table, lifecycle.zygote()).await;
     status::fail(&format_args!("wait for children: {error}"))
 }
@@ -79,19 +80,6 @@ fn listen(port: u32) -> VsockListener {
     vsock::listen(port)
         .unwrap_or_else(|error| status::fail(&format_args!("listen on vsock port {port}: {error}")))
 }
-
-/// Executes an invalid instruction when the kernel command line has `bulkhead.fault=ill`: the kernel kills PID 1 and
-/// panics without the agent having had a word in it.
-#[cfg(feature = "fault-injection")]
-fn fault(command_line: &str) {
-    if command_line.split_ascii_whitespace().any(|word| word == "bulkhead.fault=ill") {
-        // SAFETY: it ends this process, which is what the build is for.
-        unsafe { std::arch::asm!("ud2") };
-    }
-}
-
-#[cfg(not(feature = "fault-injection"))]
-fn fault(_command_line: &str) {}
 
 /// An error and its causes on one line.
 fn chain(error: &dyn std::error::Error) -> String {

@@ -24,7 +24,7 @@ use crate::cgroup::Cgroup;
 use crate::lifecycle::{self, Lifecycle};
 use crate::process::{self, State};
 use crate::zygote::protocol::{Failure, FailureKind};
-use crate::{chain, guest};
+use crate::{chain, fault, guest};
 
 /// The agent as the host sees it.
 pub(crate) struct Service {
@@ -297,6 +297,7 @@ impl Agent for Service {
         check_length("process", request.process.len(), SPEC_MAX)?;
         check_length("user", request.user.len(), USER_MAX)?;
         check_stdio(&request.stdio)?;
+        fault::when_asked(&request.process);
         let pid = number(finish(Arc::clone(&self.lifecycle).exec(request)).await?);
         Ok(ExecProcessResponse { pid, ..ExecProcessResponse::default() })
     }

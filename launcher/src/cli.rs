@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use bulkhead_sandbox::size::Size;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::spec::volume::{Volume, parse_mount, parse_volume};
+
 /// Runs containers, each in a virtual machine of its own.
 #[derive(Debug, Parser)]
 #[command(name = "bulkhead", version, max_term_width = 100, disable_help_subcommand = true)]
@@ -74,7 +76,7 @@ pub(crate) struct ProcessArgs {
 #[allow(clippy::struct_excessive_bools, reason = "each is an option of its own on the command line")]
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
-The container has a loopback interface and no other network for now. It exits with the code of its command, with 128+n when
+The container has a loopback interface and no other network for now. It exits with the code of its command, with 128+n when \
 signal n ended it, with 127 when the command was not found, 126 when it cannot be executed, and 125 when Bulkhead failed.")]
 pub(crate) struct RunArgs {
     /// Leave the container running in the background and print its id
@@ -88,13 +90,21 @@ pub(crate) struct RunArgs {
     /// Name of the container
     #[arg(long)]
     pub(crate) name: Option<String>,
-    /// CPUs of the virtual machine [default: 2, or the configuration's]
+    /// CPUs of the virtual machine [default: as a bundle's limits need, otherwise 2 or the configuration's]
     #[arg(long, value_name = "N")]
     pub(crate) cpus: Option<u32>,
     /// Memory of the virtual machine, such as 512M or 4G; the guest's kernel and agent keep an eighth of it, at least 8 and at
-    /// most 32 MiB, and the container can use the rest [default: 1G, or the configuration's]
+    /// most 32 MiB, and the container can use the rest [default: as a bundle's limits need, otherwise 1G or the
+    /// configuration's]
     #[arg(long, value_name = "SIZE")]
     pub(crate) memory: Option<Size>,
+    /// Mount a file or directory of the host at DST in the container, which sees what the host changes and the other way round.
+    /// With `:ro` the container cannot write to it
+    #[arg(short, long, value_name = "SRC:DST[:ro]", value_parser = parse_volume)]
+    pub(crate) volume: Vec<Volume>,
+    /// The same as type=bind,source=SRC,target=DST, with readonly added for `:ro`
+    #[arg(long, value_name = "type=bind,...", value_parser = parse_mount)]
+    pub(crate) mount: Vec<Volume>,
     /// Most processes and threads that the container may have
     #[arg(long, value_name = "N")]
     pub(crate) pids_limit: Option<u32>,
@@ -111,8 +121,10 @@ pub(crate) struct RunArgs {
     /// Take a directory, or an EROFS or ext4 image, for the container's root, instead of IMAGE. It is not written to
     #[arg(long, value_name = "DIR|IMG", conflicts_with = "bundle")]
     pub(crate) rootfs: Option<PathBuf>,
-    /// Run an OCI bundle: a directory with config.json and a root, instead of IMAGE
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["env", "workdir", "user", "hostname", "pids_limit", "read_only"])]
+    /// Run an OCI bundle: a directory with config.json and a root, instead of IMAGE. What the container writes to its root is
+    /// in that directory
+    #[arg(long, value_name = "DIR", conflicts_with_all =
+        ["env", "workdir", "user", "hostname", "pids_limit", "read_only", "storage", "volume", "mount"])]
     pub(crate) bundle: Option<PathBuf>,
     /// Show afterwards, on standard error, where the time went
     #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "text")]
@@ -269,5 +281,6 @@ mod tests {
     fn a_bundle_has_its_own_settings() {
         assert!(Cli::try_parse_from(["bulkhead", "run", "--bundle", "b", "--user", "x"]).is_err());
         assert!(Cli::try_parse_from(["bulkhead", "run", "--bundle", "b", "--rootfs", "x"]).is_err());
+        assert!(Cli::try_parse_from(["bulkhead", "run", "--bundle", "b", "-v", "/a:/b"]).is_err());
     }
 }

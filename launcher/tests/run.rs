@@ -250,9 +250,9 @@ fn bad_input_ends_in_one_line_that_says_what_to_do() {
     let noise = host.path("noise");
     let noise = noise.to_str().unwrap();
     for (args, words) in [
-        (&["run", "--cpus", "0", "x"][..], "give 1 to 32"),
-        (&["run", "--memory", "1M", "x"], "at least 64 MiB"),
-        (&["run", "--memory", "9999G", "x"], "give less"),
+        (&["run", "--cpus", "0", "--rootfs", "/etc", "x"][..], "1 to 32"),
+        (&["run", "--memory", "1M", "--rootfs", "/etc", "x"], "64 to"),
+        (&["run", "--memory", "9999G", "--rootfs", "/etc", "x"], "give less"),
         (&["run", "--memory", "much", "x"], "is not a size"),
         (&["run", "--storage", "1K", "x"], "give at least 16 MiB"),
         (&["run"], "Give an image"),
@@ -261,6 +261,9 @@ fn bad_input_ends_in_one_line_that_says_what_to_do() {
         (&["run", "--rootfs", "/nonexistent", "x"], "/nonexistent"),
         (&["run", "--rootfs", "/etc"], "no command"),
         (&["run", "--bundle", "/nonexistent"], "config.json"),
+        (&["run", "-v", "data:/data", "x"], "no named volumes"),
+        (&["run", "--mount", "type=tmpfs,target=/data", "x"], "type=bind"),
+        (&["run", "--bundle", "/nonexistent", "-v", "/etc:/data"], "cannot be used with"),
         (&["run", "--name", "a/b", "x"], "cannot be a name"),
         (&["run", "-t", "-i", "x"], "needs a terminal"),
         (&["exec", "nobody", "ls"], "no container"),
@@ -285,7 +288,8 @@ fn missing_and_truncated_artifacts_are_named() {
     std::fs::remove_file(host.path("libexec/bulkhead-vmm")).unwrap();
     let output = host.run(&[], &["x"]).output().unwrap();
     assert!(stderr(&output).contains("libexec/bulkhead-vmm"), "{}", stderr(&output));
-    std::fs::write(host.path("config.toml"), "[paths]\nkvm = \"/nonexistent/kvm\"\n").unwrap();
+    let config = support::CONFIG.replace("/dev/null", "/nonexistent/kvm");
+    std::fs::write(host.path("config.toml"), config).unwrap();
     let output = host.run(&[], &["x"]).output().unwrap();
     assert!(stderr(&output).contains("/nonexistent/kvm"), "{}", stderr(&output));
     assert!(host.residue().is_empty());

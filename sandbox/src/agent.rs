@@ -366,6 +366,7 @@ mod tests {
     use bulkhead_protocol::agent_ttrpc::{Agent as Service, create_agent};
     use bulkhead_protocol::limits::SEED_MAX;
     use messages::{AddEntropyRequest, Empty, SetClockRequest, SetClockResponse};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use ttrpc::asynchronous::{Server, TtrpcContext};
 
     use super::*;
@@ -416,5 +417,52 @@ mod tests {
         let seeds = listener.seeds.lock().unwrap();
         assert!(seeds.iter().all(|seed| seed.len() == SEED_LEN && seed.len() <= SEED_MAX));
         assert!(seeds.len() == 2 && seeds[0] != seeds[1]);
+    }
+
+    /// Reads a frame of ttrpc and gives its stream's id: a length, the id, a type and flags, big-endian, and the rest.
+    async fn request(agent: &mut tokio::net::UnixStream) -> u32 {
+        let mut header = [0; 10];
+        agent.read_exact(&mut header).await.unwrap();
+        let word = |at: usize| u32::from_be_bytes(header[at..at + 4].try_into().unwrap());
+        agent.read_exact(&mut vec![0; word(0).try_into().unwrap()]).await.unwrap();
+        word(4)
+    }
+
+    async fn respond(agent: &mut tokio::net::UnixStream, id: u32, kind: u8, payload: &[u8]) {
+        let length = u32::try_from(payload.len()).unwrap();
+        let frame = [&length.to_be_bytes()[..], &id.to_be_bytes(), &[kind, 0], payload].concat();
+        agent.write_all(&frame).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn answers_of_absurd_size_or_kind_are_errors_of_their_calls_alone() {
+        const RESPONSE: u8 = 2;
+        let (ours, mut hostile) = tokio::net::UnixStream::pair().unwrap();
+        let client = AgentClient::new(Client::new(Socket::from(ours)));
+        let agent = Agent { client, details: GuestDetails::new() };
+        let long = ttrpc::Response {
+            status: Some(ttrpc::get_status(Code::INTERNAL, "x".repeat(3 << 20))).into(),
+            ..Default::default()
+        };
+        let long = protobuf::Message::write_to_bytes(&long).unwrap();
+        let answers: [(u8, Vec<u8>); 4] =
+            [(RESPONSE, vec![0; 5 << 20]), (RESPONSE, vec![0xff; 100]), (9, Vec::new()), (RESPONSE, long)];
+        for (kind, payload) in answers {
+            let answering = async {
+                let id = request(&mut hostile).await;
+                // What nobody has asked for is passed over.
+                respond(&mut hostile, id + 2, RESPONSE, &payload).await;
+                respond(&mut hostile, id, kind, &payload).await;
+            };
+            let (stats, ()) = tokio::join!(agent.stats("a"), answering);
+            let said = stats.unwrap_err().to_string();
+            assert!(said.len() < 5000, "{} bytes", said.len());
+        }
+        let answering = async {
+            let id = request(&mut hostile).await;
+            respond(&mut hostile, id, RESPONSE, &[]).await;
+        };
+        let (paused, ()) = tokio::join!(agent.pause("a"), answering);
+        paused.unwrap();
     }
 }

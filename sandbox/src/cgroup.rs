@@ -3,13 +3,16 @@
 //! A container's own limits are enforced in the guest. The group bounds the machine as a whole, and has the shares and the CPUs of the
 //! host that the container was given.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Read as _, Seek as _};
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::libc;
+use nix::unistd::{ForkResult, fork};
 use oci_spec::runtime::{LinuxCpu, Spec};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{geteuid, setsid};
 
 use crate::sizing::MachineSize;
 
@@ -20,6 +23,9 @@ const CONTROLLERS: [&str; 3] = ["cpu", "cpuset", "memory"];
 /// What VMM and file server need besides the guest's memory, in MiB: their own memory, what the file server knows of files, and the
 /// kernel's tables for the guest's memory, of which a 256th is for each page.
 const OVERHEAD_MIB: u64 = 64;
+
+/// How long a machine may take to be torn down while nobody waits.
+const TEARDOWN: Duration = Duration::from_mins(1);
 
 /// Why there is no cgroup.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +58,20 @@ pub struct SandboxCgroup {
 }
 
 impl SandboxCgroup {
+    /// Makes the group that a configuration's `cgroupsPath` names, for a machine of this size whose first container has this
+    /// configuration. There is none for who is not root: only root can put processes into it.
+    ///
+    /// # Errors
+    /// [`CgroupError`]; of what was made, nothing is left that was not there.
+    pub fn make(cgroups_path: &str, size: MachineSize, spec: &Spec) -> Result<Option<Self>, CgroupError> {
+        if !geteuid().is_root() {
+            return Ok(None);
+        }
+        let group = Self::of(cgroups_path)?;
+        group.create(size, spec)?;
+        Ok(Some(group))
+    }
+
     /// The group that a configuration's `cgroupsPath` names, whether it exists or not.
     ///
     /// # Errors
@@ -67,11 +87,8 @@ impl SandboxCgroup {
         Ok(Self { directory: Path::new(ROOT).join(relative) })
     }
 
-    /// Makes the group, and those above it, with limits for a machine of this size. `spec` is that of the first container.
-    ///
-    /// # Errors
-    /// [`CgroupError`]; of what was made, nothing is left that was not there.
-    pub fn create(&self, size: MachineSize, spec: &Spec) -> Result<(), CgroupError> {
+    /// Makes the group, and those above it, with limits.
+    fn create(&self, size: MachineSize, spec: &Spec) -> Result<(), CgroupError> {
         if !Path::new(ROOT).join("cgroup.controllers").exists() {
             return Err(CgroupError::NotUnified);
         }
@@ -114,12 +131,12 @@ impl SandboxCgroup {
         Ok(())
     }
 
-    /// The file by which processes come into the group: whoever writes `0` to it does.
+    /// The group's directory, by which processes are born into it.
     ///
     /// # Errors
     /// When the group does not exist.
     pub fn entrance(&self) -> io::Result<File> {
-        OpenOptions::new().write(true).open(self.directory.join("cgroup.procs"))
+        File::open(&self.directory)
     }
 
     /// Processes in the group that were killed because it had no memory left.
@@ -141,10 +158,8 @@ impl SandboxCgroup {
         // Opened first, so that no change after the attempt to remove is missed.
         let mut events = File::open(self.directory.join("cgroup.events")).ok();
         loop {
-            match fs::remove_dir(&self.directory) {
-                Ok(()) => return true,
-                Err(e) if e.kind() == io::ErrorKind::NotFound => return true,
-                Err(_) => {}
+            if self.is_removed() {
+                return true;
             }
             let (Some(events), Some(left)) = (&mut events, until.checked_duration_since(Instant::now()))
             else {
@@ -154,10 +169,43 @@ impl SandboxCgroup {
             let mut text = String::new();
             let read = events.rewind().and_then(|()| events.read_to_string(&mut text));
             if read.is_ok() && text.lines().any(|line| line == "populated 0") {
-                continue;
+                return self.is_removed();
             }
             let timeout = Timespec::try_from(left).ok();
             let _ = poll(&mut [PollFd::new(&*events, PollFlags::PRI)], timeout.as_ref());
+        }
+    }
+
+    /// True when there is no group, any more.
+    fn is_removed(&self) -> bool {
+        match fs::remove_dir(&self.directory) {
+            Ok(()) => true,
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
+        }
+    }
+
+    /// Has a process of its own, which outlives this one, [`remove`](Self::remove) the group when its last process has ended, and
+    /// then do what is left to do.
+    ///
+    /// # Errors
+    /// When the system is out of processes.
+    pub fn remove_later(&self, then: impl FnOnce()) -> io::Result<()> {
+        // SAFETY: the child has no other thread and goes on with copies of all that this one has. It makes system calls and
+        // allocates, which glibc's fork leaves possible; it takes no lock that another thread could have held, and ends without
+        // running a destructor.
+        match unsafe { fork() }? {
+            ForkResult::Parent { .. } => Ok(()),
+            ForkResult::Child => {
+                // Nobody waits for the end of its output, and no terminal's signals are for it.
+                let _ = setsid();
+                // SAFETY: takes integers. Whatever had these descriptors is never used again.
+                unsafe { libc::syscall(libc::SYS_close_range, 0, u32::MAX, 0) };
+                if self.remove(TEARDOWN) {
+                    then();
+                }
+                // SAFETY: ends the process.
+                unsafe { libc::_exit(0) }
+            }
         }
     }
 

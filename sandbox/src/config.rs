@@ -10,6 +10,7 @@ use serde::Deserialize;
 use toml::{Table, Value};
 
 use crate::artifacts::{LIBEXEC_VARIABLE, SHARE_VARIABLE};
+use crate::cgroup::SandboxCgroup;
 use crate::size::Size;
 use crate::sizing::ANNOTATIONS;
 
@@ -28,6 +29,8 @@ pub struct Config {
     pub uids: Uids,
     /// What a sandbox gets when nothing is asked.
     pub defaults: Defaults,
+    /// Where on the host sandboxes are accounted for.
+    pub cgroups: Cgroups,
     /// What a container may ask for itself.
     pub annotations: Annotations,
 }
@@ -74,11 +77,27 @@ pub struct Defaults {
     pub memory: Size,
     /// CPUs.
     pub cpus: u8,
+    /// What a container of containerd's erofs snapshotter can write.
+    pub storage: Size,
 }
 
 impl Default for Defaults {
     fn default() -> Self {
-        Self { memory: Size(1 << 30), cpus: 2 }
+        Self { memory: Size(1 << 30), cpus: 2, storage: Size(16 << 30) }
+    }
+}
+
+/// Where on the host sandboxes are accounted for whose configuration does not say it.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Cgroups {
+    /// The cgroup in which each of them gets one of its own. Empty: they stay in the cgroup of their launcher.
+    pub parent: String,
+}
+
+impl Default for Cgroups {
+    fn default() -> Self {
+        Self { parent: "bulkhead".into() }
     }
 }
 
@@ -102,6 +121,9 @@ pub enum ConfigError {
     /// An annotation that does not exist.
     #[error("annotations.allow names {0:?}: there are {list}", list = ANNOTATIONS.join(" and "))]
     Annotation(String),
+    /// A cgroup that is none.
+    #[error("cgroups.parent is {0:?}: give a path below /sys/fs/cgroup, without \"..\", or \"\"")]
+    Parent(String),
     /// A uid that would be that of a user, or past the end of all uids.
     #[error("uids {first} to {first}+{count}: VMMs run as uids above 65535 and below 4294967294")]
     Uids {
@@ -142,6 +164,10 @@ impl Config {
         if first <= 0xffff || count == 0 || last.is_none() {
             return Err(ConfigError::Uids { first, count });
         }
+        let parent = &config.cgroups.parent;
+        if !parent.is_empty() && SandboxCgroup::of(&format!("{parent}/id")).is_err() {
+            return Err(ConfigError::Parent(parent.clone()));
+        }
         if let Some(unknown) =
             config.annotations.allow.iter().find(|name| !ANNOTATIONS.contains(&name.as_str()))
         {
@@ -177,6 +203,8 @@ impl Config {
             ("uids.count", config.uids.count.to_string(), None),
             ("defaults.memory", config.defaults.memory.to_string(), None),
             ("defaults.cpus", config.defaults.cpus.to_string(), None),
+            ("defaults.storage", config.defaults.storage.to_string(), None),
+            ("cgroups.parent", format!("{:?}", config.cgroups.parent), None),
             ("annotations.allow", format!("[{}]", config.annotations.allow.join(", ")), None),
         ];
         let explain = |(key, value, variable): (&'static str, String, Option<(&'static str, String)>)| {
@@ -299,7 +327,7 @@ mod tests {
             .map(|line| if is_setting(&line) { &line[1..] } else { line })
             .collect::<Vec<_>>()
             .join("\n");
-        assert_eq!(settings, 8);
+        assert_eq!(settings, 9);
         let said = load(Some(&uncommented), &[]).unwrap();
         let paths = Paths {
             libexec: said.paths.libexec.clone(),
@@ -362,6 +390,18 @@ mod tests {
         assert!(error.to_string().contains("a.toml"), "{error}");
         let source = std::error::Error::source(&error).unwrap().to_string();
         assert!(source.contains("memroy"), "{source}");
+    }
+
+    #[test]
+    fn a_parent_of_cgroups_is_a_path_below_the_root_of_all_or_nothing() {
+        let with = |parent: &str| load(Some(&format!("[cgroups]\nparent = {parent:?}")), &[]);
+        for good in ["", "bulkhead", "/machines.slice/bulkhead"] {
+            assert_eq!(with(good).unwrap().cgroups.parent, good);
+        }
+        for bad in ["../etc", "a/../.."] {
+            let error = with(bad).unwrap_err().to_string();
+            assert!(error.contains("cgroups.parent") && error.contains(bad), "{error}");
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bulkhead_vmm::control::message::{Event, FromOwner, FromVmm, Reply, Request, STATUS_EVENTS_MAX};
 use bulkhead_vmm::control::socket::{ControlSocket, SocketError};
@@ -12,9 +13,15 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 
 use crate::console::excerpt;
 use crate::watch::watch_owner;
+
+/// How long a VMM may take to make a machine.
+const BOOT_TIMEOUT: Duration = Duration::from_mins(1);
+/// How long it may take for any other request.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Why a request was not answered as hoped.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +37,9 @@ pub enum ControlError {
         /// Its own words.
         why: String,
     },
+    /// The VMM hangs.
+    #[error("the VMM cannot {0}: it does not answer within {1:?}")]
+    Timeout(&'static str, Duration),
     /// The VMM answered something that does not fit what was asked.
     #[error("the VMM broke the protocol: {0}")]
     Protocol(&'static str),
@@ -76,9 +86,11 @@ impl Control {
     /// Sends a request and waits for its answer.
     ///
     /// # Errors
-    /// [`ControlError`] when the VMM refuses or has ended.
+    /// [`ControlError`] when the VMM refuses, hangs or has ended.
     pub async fn request(&self, request: Request, fds: &[BorrowedFd<'_>]) -> Result<Reply, ControlError> {
         let what = name(&request);
+        let patience =
+            if matches!(request, Request::Boot(_) | Request::Restore(_)) { BOOT_TIMEOUT } else { PATIENCE };
         let (sender, receiver) = oneshot::channel();
         let message = {
             let mut waiting = locked(&self.waiting);
@@ -95,10 +107,12 @@ impl Control {
             locked(&self.waiting).queue.retain(|(id, _)| *id != message.id);
             return Err(error.into());
         }
-        match receiver.await {
-            Ok(Ok(reply)) => Ok(reply),
-            Ok(Err(why)) => Err(ControlError::Refused { what, why: excerpt(&why) }),
-            Err(_) => Err(SocketError::Closed.into()),
+        // A request that is given up stays in its place, for its answer may come yet.
+        match timeout(patience, receiver).await {
+            Ok(Ok(Ok(reply))) => Ok(reply),
+            Ok(Ok(Err(why))) => Err(ControlError::Refused { what, why: excerpt(&why) }),
+            Ok(Err(_)) => Err(SocketError::Closed.into()),
+            Err(_) => Err(ControlError::Timeout(what, patience)),
         }
     }
 
@@ -135,6 +149,7 @@ async fn read(
     waiting: Arc<Mutex<Waiting>>,
     events: mpsc::Sender<Event>,
 ) {
+    let mut room = events.max_capacity();
     loop {
         let Ok(mut ready) = socket.readable().await else { break };
         match socket.get_ref().receive::<FromVmm>() {
@@ -145,11 +160,14 @@ async fn read(
                     _ => break,
                 }
             }
-            // More events than a VMM may send: it is not to be trusted any more.
-            Ok((FromVmm::Event(event), _)) => match events.try_send(event) {
-                Err(mpsc::error::TrySendError::Full(_)) => break,
-                Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => {}
-            },
+            // More events than a VMM may send in its life, whether or not somebody has taken them: it is not to be trusted any
+            // more.
+            Ok((FromVmm::Event(_), _)) if room == 0 => break,
+            Ok((FromVmm::Event(event), _)) => {
+                room -= 1;
+                // Nobody waits for them after the last one.
+                let _ = events.try_send(event);
+            }
             Err(SocketError::Io(Errno::EAGAIN)) => ready.clear_ready(),
             Err(error) => {
                 tracing::debug!(%error, "control socket ends");
@@ -222,6 +240,34 @@ mod tests {
             vmm.send(&FromVmm::Event(Event::Status(1)), &[]).unwrap();
         }
         assert!(control.request(Request::Pause, &[]).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn events_that_are_taken_as_they_come_are_a_flood_all_the_same() {
+        let (_control, mut events, vmm) = connected();
+        for _ in 0..=STATUS_EVENTS_MAX {
+            vmm.send(&FromVmm::Event(Event::Status(1)), &[]).unwrap();
+            assert_eq!(events.recv().await, Some(Event::Status(1)));
+        }
+        vmm.send(&FromVmm::Event(Event::Status(1)), &[]).unwrap();
+        assert_eq!(events.recv().await, None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_vmm_that_hangs_is_not_waited_for_and_may_answer_later() {
+        let (control, _events, vmm) = connected();
+        let error = control.request(Request::Pause, &[]).await.unwrap_err();
+        assert_eq!(error.to_string(), "the VMM cannot pause the machine: it does not answer within 10s");
+        // Time passes of itself again, and so not at all while the VMM answers.
+        tokio::time::resume();
+        let vmm = std::thread::spawn(move || {
+            assert_eq!(answer(&vmm, Ok(Reply::Done)), Request::Pause);
+            assert_eq!(answer(&vmm, Err("no".into())), Request::Resume);
+            vmm
+        });
+        let error = control.request(Request::Resume, &[]).await.unwrap_err();
+        assert!(matches!(error, ControlError::Refused { .. }), "{error}");
+        drop(vmm.join().unwrap());
     }
 
     #[tokio::test]

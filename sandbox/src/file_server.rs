@@ -56,6 +56,8 @@ pub struct FileServer {
 struct Control {
     socket: AsyncFd<ControlSocket>,
     next_id: u32,
+    /// The id of the next answer. Those to requests that were given up are still to come.
+    next_answer: u32,
 }
 
 impl FileServer {
@@ -93,9 +95,9 @@ impl FileServer {
             alone: geteuid().is_root(),
         };
         let process =
-            Process::spawn(launch).map_err(|e| FileServerError::Process(executable.to_owned(), e))?;
+            Process::spawn(&launch).map_err(|e| FileServerError::Process(executable.to_owned(), e))?;
         let socket = watch_owner(control, Interest::READABLE).map_err(FileServerError::Socket)?;
-        Ok((Self { process, control: Mutex::new(Control { socket, next_id: 0 }) }, requests))
+        Ok((Self { process, control: Mutex::new(Control { socket, next_id: 0, next_answer: 0 }) }, requests))
     }
 
     /// Shows a mount to the guest under a name, which must be an id.
@@ -126,6 +128,11 @@ impl FileServer {
         self.process.pid()
     }
 
+    /// Ends it.
+    pub fn end(&self) {
+        self.process.kill();
+    }
+
     /// How it ended, as far as that is known, for a log.
     pub async fn last_words(&mut self) -> String {
         match self.process.post_mortem(Duration::ZERO).await {
@@ -134,28 +141,56 @@ impl FileServer {
         }
     }
 
-    /// Requests are few, and each has its answer before the next.
+    /// Requests are few, and each has its answer before the next, unless it was given up.
     async fn request(&self, request: Request, fds: &[BorrowedFd<'_>]) -> Result<(), FileServerError> {
         let mut control = self.control.lock().await;
         let id = control.next_id;
-        control.next_id = id.wrapping_add(1);
         control.socket.get_ref().send(&FromOwner { id, request }, fds)?;
-        let answer = timeout(PATIENCE, control.answer()).await.map_err(|_| FileServerError::Timeout)??;
-        if answer.id != id {
-            return Err(FileServerError::Protocol);
-        }
+        control.next_id = id.wrapping_add(1);
+        let answer = timeout(PATIENCE, control.answer(id)).await.map_err(|_| FileServerError::Timeout)??;
         answer.result.map_err(|why| FileServerError::Refused(excerpt(&why)))
     }
 }
 
 impl Control {
-    async fn answer(&self) -> Result<Reply, SocketError> {
+    /// The answer to a request, behind those that nobody has waited for.
+    async fn answer(&mut self, id: u32) -> Result<Reply, FileServerError> {
         loop {
             let mut ready = self.socket.readable().await.map_err(|_| SocketError::Closed)?;
             match self.socket.get_ref().receive::<Reply>() {
                 Err(SocketError::Io(Errno::EAGAIN)) => ready.clear_ready(),
-                answer => return answer.map(|(reply, _)| reply),
+                Err(error) => return Err(error.into()),
+                Ok((answer, _)) if answer.id != self.next_answer => return Err(FileServerError::Protocol),
+                Ok((answer, _)) => {
+                    self.next_answer = answer.id.wrapping_add(1);
+                    if answer.id == id {
+                        return Ok(answer);
+                    }
+                }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn answers_to_requests_that_were_given_up_are_passed_over_and_others_are_not() {
+        let (ours, server) = ControlSocket::pair().unwrap();
+        ioctl_fionbio(&ours, true).unwrap();
+        let socket = watch_owner(ours, Interest::READABLE).unwrap();
+        let mut control = Control { socket, next_id: 3, next_answer: 0 };
+        for (id, result) in [(0, Ok(())), (1, Err("too late".to_owned())), (2, Err("no".to_owned()))] {
+            server.send(&Reply { id, result }, &[]).unwrap();
+        }
+        assert_eq!(control.answer(2).await.unwrap().result, Err("no".to_owned()));
+        for id in [2, 4] {
+            server.send(&Reply { id, result: Ok(()) }, &[]).unwrap();
+            assert!(matches!(control.answer(3).await, Err(FileServerError::Protocol)));
+        }
+        drop(server);
+        assert!(matches!(control.answer(3).await, Err(FileServerError::Control(SocketError::Closed))));
     }
 }

@@ -36,11 +36,27 @@ pub struct RootfsMount {
     pub options: Vec<String>,
 }
 
+/// Where it is kept what a container writes above layers.
+#[derive(Debug)]
+pub enum Above {
+    /// In the guest's memory.
+    Memory,
+    /// On a disk made by [`make_scratch`](crate::storage::make_scratch) or [`snapshot_disk`](crate::storage::snapshot_disk).
+    Disk(File),
+    /// On a disk that is to be in the directory of the container's snapshot.
+    Snapshot(PathBuf),
+}
+
 /// What a container's root is on this host.
 #[derive(Debug)]
 pub enum Root {
-    /// EROFS images, the topmost first, with something writable above them.
-    Layers(Vec<PathBuf>),
+    /// EROFS images, with something writable above them.
+    Layers {
+        /// The images, the topmost first.
+        images: Vec<PathBuf>,
+        /// Where it is kept what the container writes above them.
+        above: Above,
+    },
     /// A disk with an ext4, open for reading and writing.
     Ext4(File),
     /// A directory to share.
@@ -107,6 +123,9 @@ pub enum HandoverError {
     /// A disk of the host.
     #[error("the device {0} is a disk of the host, which is not passed to a virtual machine")]
     BlockDevice(PathBuf),
+    /// A program of the host.
+    #[error("{0} hooks are not supported: they are programs of the host; remove them")]
+    Hooks(String),
     /// A set of CPUs that is none.
     #[error("{0:?} is not a list of CPUs")]
     Cpus(String),
@@ -128,16 +147,16 @@ pub fn root(mounts: &[RootfsMount], directory: Option<&Path>) -> Result<Root, Ha
     let has = |option: &str| mount.options.iter().any(|given| given == option);
     let source = Path::new(&mount.source);
     match mount.kind.as_str() {
-        "overlay" => Ok(match erofs_layers(&mount.options) {
-            Some(layers) => Root::Layers(layers),
-            None => Root::Share(share::overlay(&mount.options)?),
-        }),
+        "overlay" => match erofs_layers(&mount.options) {
+            Some(layers) => Ok(layers),
+            None => Ok(Root::Share(share::overlay(&mount.options)?)),
+        },
         kind if kind == "bind" || has("bind") || has("rbind") => {
             let depth = if has("bind") { Depth::One } else { Depth::All };
             Ok(Root::Share(share::bind(source, depth, has("ro"))?))
         }
         "erofs" => match image_file::open(source)? {
-            (_, Format::Erofs) => Ok(Root::Layers(vec![source.to_owned()])),
+            (_, Format::Erofs) => Ok(Root::Layers { images: vec![source.to_owned()], above: Above::Memory }),
             (_, Format::Ext4) => Err(HandoverError::Type("ext4 in a mount of type erofs".into())),
         },
         "ext4" => Ok(Root::Ext4(open_disk(source)?)),
@@ -145,16 +164,21 @@ pub fn root(mounts: &[RootfsMount], directory: Option<&Path>) -> Result<Root, Ha
     }
 }
 
-/// The images behind an overlay whose lower directories are all mounts of containerd's erofs snapshotter, the topmost first. What was
-/// written above them before must not be missed, so an upper directory with content makes it an ordinary overlay.
-fn erofs_layers(options: &[String]) -> Option<Vec<PathBuf>> {
+/// The images behind an overlay whose lower directories are all mounts of containerd's erofs snapshotter. What was written above
+/// them on the host must not be missed, so an upper directory with content makes it an ordinary overlay.
+fn erofs_layers(options: &[String]) -> Option<Root> {
     let value = |key: &str| options.iter().find_map(|option| option.strip_prefix(key)?.strip_prefix('='));
     if let Some(upper) = value("upperdir")
         && !share::is_empty(Path::new(upper)).ok()?
     {
         return None;
     }
-    value("lowerdir")?.split(':').map(|lower| erofs_layer(Path::new(lower))).collect()
+    let images: Option<_> =
+        value("lowerdir")?.split(':').map(|lower| erofs_layer(Path::new(lower))).collect();
+    // A snapshot has both in a directory of its own, which goes with it.
+    let parent = |key: &str| Path::new(value(key)?).parent();
+    let snapshot = parent("upperdir").filter(|own| parent("workdir") == Some(own)).map(Path::to_owned);
+    Some(Root::Layers { images: images?, above: snapshot.map_or(Above::Memory, Above::Snapshot) })
 }
 
 fn erofs_layer(mounted: &Path) -> Option<PathBuf> {
@@ -175,6 +199,11 @@ fn open_disk(path: &Path) -> Result<File, HandoverError> {
     let exclusive = if block { OFlags::EXCL } else { OFlags::empty() };
     let flags = OFlags::RDWR | OFlags::CLOEXEC | exclusive;
     Ok(openat(CWD, path, flags, Mode::empty()).map_err(|e| failed(e.into()))?.into())
+}
+
+/// True when a configuration has bind mounts.
+pub fn has_binds(spec: &Spec) -> bool {
+    spec.mounts().iter().flatten().any(is_bind)
 }
 
 /// Takes the bind mounts of a configuration as shares, and has the configuration name those instead.
@@ -269,6 +298,18 @@ pub fn refuse_disks(spec: &Spec) -> Result<(), HandoverError> {
     disk.map_or(Ok(()), |device| Err(HandoverError::BlockDevice(device.path().clone())))
 }
 
+/// Makes sure that no program of the host is to be run.
+///
+/// # Errors
+/// [`HandoverError::Hooks`].
+pub fn refuse_hooks(spec: &Spec) -> Result<(), HandoverError> {
+    // As the specification names them.
+    let hooks = serde_json::to_value(spec.hooks()).unwrap_or_default();
+    let is_asked_for = |hooks: &serde_json::Value| hooks.as_array().is_some_and(|hooks| !hooks.is_empty());
+    let asked = hooks.as_object().into_iter().flatten().find(|(_, hooks)| is_asked_for(hooks));
+    asked.map_or(Ok(()), |(kind, _)| Err(HandoverError::Hooks(kind.clone())))
+}
+
 #[cfg(test)]
 mod tests {
     use rustix::process::geteuid;
@@ -312,10 +353,12 @@ mod tests {
         image[1036] = 12;
         fs::write(&erofs, &image).unwrap();
         assert!(matches!(root(&[mount("ext4", &ext4, &["loop", "rw"])], None).unwrap(), Root::Ext4(_)));
-        let Root::Layers(layers) = root(&[mount("erofs", &erofs, &["ro", "loop"])], None).unwrap() else {
+        let Root::Layers { images, above: Above::Memory } =
+            root(&[mount("erofs", &erofs, &["ro", "loop"])], None).unwrap()
+        else {
             panic!("no layers");
         };
-        assert_eq!(layers, std::slice::from_ref(&erofs));
+        assert_eq!(images, std::slice::from_ref(&erofs));
         assert!(matches!(root(&[mount("ext4", &erofs, &[])], None), Err(HandoverError::NotExt4(_))));
         assert!(root(&[mount("erofs", &ext4, &[])], None).is_err());
         assert!(root(&[mount("ext4", Path::new("/nonexistent"), &[])], None).is_err());
@@ -393,6 +436,20 @@ mod tests {
         assert_eq!(renumbered("0-63", 2).unwrap(), "0-1");
         assert_eq!(renumbered("", 2).unwrap(), "");
         assert!(renumbered("x", 2).is_err());
+    }
+
+    #[test]
+    fn hooks_are_refused_by_their_kind_unless_there_are_none_in_the_list() {
+        let with = |kind: &str, hooks: Value| {
+            refuse_hooks(&spec(&json!({"ociVersion": "1.2.0", "hooks": {kind: hooks}})))
+        };
+        for kind in
+            ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"]
+        {
+            let error = with(kind, json!([{"path": "/x"}])).unwrap_err().to_string();
+            assert!(error.contains(kind), "{error}");
+            assert!(with(kind, json!([])).is_ok());
+        }
     }
 
     #[test]

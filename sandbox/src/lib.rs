@@ -14,6 +14,7 @@
 //! - [`console`], [`end`]: what the guest's console said, and how a machine came to its end
 //! - [`sandbox`]: a machine from its first process to its last, built from the above
 //! - [`handover`]: from what containerd hands over to what a guest can use
+//! - [`container`]: a container to be made, with what it has of the host
 //! - [`pod`]: a machine with the containers of a pod, from what containerd hands over
 //! - [`agent`], [`stream`]: calls to the agent in the guest, and the standard streams of its processes
 //! - [`timing`]: where the time went
@@ -21,10 +22,12 @@
 
 pub mod agent;
 pub mod artifacts;
+mod birth;
 pub mod cgroup;
 mod cmdline;
 pub mod config;
 pub mod console;
+pub mod container;
 pub mod control;
 pub mod disk;
 pub mod end;

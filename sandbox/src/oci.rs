@@ -39,6 +39,8 @@ pub enum SpecError {
 /// The network namespace that a machine's VMM lives in.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Network {
+    /// That of its owner. It can do nothing with it.
+    Owners,
     /// One of its own.
     New,
     /// One that somebody has made.
@@ -74,6 +76,11 @@ pub fn network(spec: &Spec) -> Result<Network, SpecError> {
         Some(path) if !path.as_os_str().is_empty() => Ok(Network::Path(path.clone())),
         _ => Ok(Network::New),
     }
+}
+
+/// The host's cgroup that a configuration names.
+pub fn cgroups_path(spec: &Spec) -> Option<&str> {
+    spec.linux().as_ref()?.cgroups_path().as_ref()?.to_str()
 }
 
 /// The pod that a container belongs to: that of its annotations, otherwise one of its own.

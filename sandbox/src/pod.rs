@@ -10,35 +10,41 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bulkhead_fs::control::ShareKind;
-use bulkhead_protocol::agent::{CreateContainerRequest, Rootfs, SharedNamespace, Stdio};
-use oci_spec::runtime::Spec;
 use rustix::process::geteuid;
+use tokio::runtime::Handle;
 use tokio::sync::OnceCell;
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 use ttrpc::Code;
 
 use crate::agent::{Agent, AgentError};
 use crate::artifacts::Artifacts;
 use crate::cgroup::{CgroupError, SandboxCgroup};
 use crate::config::Config;
+use crate::container::{Holdings, NewContainer, Plan, Prepared};
+use crate::control::ControlError;
 use crate::end::End;
 use crate::file_server::{FileServer, FileServerError};
-use crate::handover::{self, Bind, HandoverError, Root, RootfsMount};
+use crate::handover::HandoverError;
 use crate::oci::Network;
 use crate::paths::{PathError, Paths};
 use crate::process::Place;
-use crate::sandbox::{GrowError, Sandbox, SandboxConfig, SandboxError};
+use crate::sandbox::{DEATH_TIMEOUT, GrowError, Sandbox, SandboxConfig, SandboxError, console_text};
 use crate::size::Size;
 use crate::sizing::MachineSize;
 use crate::slots::{self, Slots};
-use crate::storage::{self, Storage, StorageError, Upper};
-use crate::timing::BootTimes;
+use crate::storage::StorageError;
+use crate::timing::{BootTimes, Stamp};
 use crate::uid::{UidError, UidLease};
 use crate::vmm::Jail;
 
+/// Name of the socket for connections to the guest, in the directory that is given for it.
+pub const SOCKET_FILE: &str = "vsock";
 /// How long the processes of a machine that was not made may take to be gone.
 const GONE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a machine whose agent is gone may take to be known as ended: longer than its VMM may take to be, so that its end is
+/// told, and not only that the agent is gone.
+const END_TIMEOUT: Duration = DEATH_TIMEOUT.saturating_add(Duration::from_secs(5));
 
 /// What a machine is made from.
 #[derive(Debug)]
@@ -49,31 +55,14 @@ pub struct PodConfig<'a> {
     pub artifacts: &'a Artifacts,
     /// Where this host keeps what is Bulkhead's.
     pub paths: &'a Paths,
-    /// A directory to which nobody else has access: sockets are made there.
+    /// A directory to which nobody else has access: [`SOCKET_FILE`] is made there.
     pub directory: &'a Path,
     /// How large it is.
     pub size: MachineSize,
     /// The network namespace of its VMM.
     pub network: Network,
-    /// `linux.cgroupsPath` of its first container.
-    pub cgroup: Option<&'a str>,
-}
-
-/// A container to be made.
-#[derive(Debug)]
-pub struct NewContainer<'a> {
-    /// Its name, an id.
-    pub id: &'a str,
-    /// Its configuration.
-    pub spec: Spec,
-    /// Its bundle.
-    pub bundle: &'a Path,
-    /// The mounts of its root; without any, `root.path` of the configuration is its root.
-    pub rootfs: &'a [RootfsMount],
-    /// Its standard streams.
-    pub stdio: Stdio,
-    /// The first container of the pod, if this is another one.
-    pub sandbox: Option<&'a str>,
+    /// The host's cgroup that it is to be in, which has been made.
+    pub cgroup: Option<SandboxCgroup>,
 }
 
 /// Why there is no pod or no container.
@@ -106,6 +95,14 @@ pub enum PodError {
     /// The machine does not start.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
+    /// The machine has ended.
+    #[error("{end}{}", console_text(.console))]
+    Ended {
+        /// How.
+        end: End,
+        /// The last lines of its console.
+        console: Vec<String>,
+    },
     /// The machine does not take a device.
     #[error(transparent)]
     Grow(#[from] GrowError),
@@ -174,20 +171,33 @@ impl PodError {
             | Self::Storage(StorageError::Layers(_) | StorageError::Format(_)) => ErrorKind::InvalidArgument,
             Self::Storage(StorageError::Slot(_)) => ErrorKind::ResourceExhausted,
             Self::Agent(error) | Self::Grow(GrowError::Agent(error)) => error.kind(),
-            Self::Grow(GrowError::Vmm(_)) => ErrorKind::Unavailable,
-            Self::FileServer(FileServerError::Timeout) => ErrorKind::DeadlineExceeded,
+            Self::Grow(GrowError::Vmm(ControlError::Timeout(..)))
+            | Self::Sandbox(SandboxError::NotReady(_))
+            | Self::FileServer(FileServerError::Timeout) => ErrorKind::DeadlineExceeded,
+            Self::Grow(GrowError::Vmm(_)) | Self::Ended { .. } => ErrorKind::Unavailable,
             _ => ErrorKind::Internal,
         }
     }
 }
 
-/// What a container has of its machine's, to be given back.
-#[derive(Debug, Default)]
-struct Holdings {
-    slots: Vec<u8>,
-    shares: Vec<String>,
-    /// Its root is a disk of the host.
-    writes_disk: bool,
+/// The cgroup of a machine that is not there yet. Dropped, as when the making of the machine is given up, it is removed.
+struct Unused(Option<SandboxCgroup>);
+
+impl Unused {
+    /// Removes it. It is empty when the VMM, which has been killed, is gone.
+    async fn remove(&mut self) {
+        if let Some(cgroup) = self.0.take() {
+            let _ = tokio::task::spawn_blocking(move || cgroup.remove(GONE_TIMEOUT)).await;
+        }
+    }
+}
+
+impl Drop for Unused {
+    fn drop(&mut self) {
+        if let (Some(cgroup), Ok(runtime)) = (self.0.take(), Handle::try_current()) {
+            runtime.spawn_blocking(move || cgroup.remove(GONE_TIMEOUT));
+        }
+    }
 }
 
 /// A machine for the containers of one pod.
@@ -196,6 +206,8 @@ pub struct Pod {
     sandbox: Sandbox,
     agent: Agent,
     size: MachineSize,
+    /// How much a container whose root is layers can write.
+    storage: Size,
     /// Starts with the first share.
     file_server: OnceCell<FileServer>,
     file_server_program: PathBuf,
@@ -203,7 +215,8 @@ pub struct Pod {
     cgroup: Option<SandboxCgroup>,
     slots: Mutex<Slots>,
     containers: Mutex<HashMap<String, Holdings>>,
-    cpus: Mutex<Option<JoinHandle<()>>>,
+    cpus: Mutex<Option<JoinHandle<Result<(), GrowError>>>>,
+    connected: Stamp,
     _uid: Option<UidLease>,
 }
 
@@ -216,29 +229,22 @@ impl Pod {
     /// long as the machine.
     ///
     /// # Errors
-    /// [`PodError`]; nothing is left of what was made.
+    /// [`PodError`]; nothing is left of what was made, nor of the cgroup.
     pub async fn start(config: PodConfig<'_>, first: NewContainer<'_>) -> Result<Arc<Self>, PodError> {
-        let size = config.size;
-        let cgroup = config.cgroup.filter(|_| geteuid().is_root()).map(SandboxCgroup::of).transpose()?;
-        if let Some(cgroup) = &cgroup {
-            cgroup.create(size, &first.spec)?;
-        }
-        let started = Self::start_in(&config, first, cgroup.clone()).await;
-        if let (Err(_), Some(cgroup)) = (&started, cgroup) {
-            // It is empty when the VMM, which has been killed, is gone.
-            let _ = tokio::task::spawn_blocking(move || cgroup.remove(GONE_TIMEOUT)).await;
+        let mut unused = Unused(config.cgroup.clone());
+        let started = Self::start_in(&config, first).await;
+        match &started {
+            Ok(_) => unused.0 = None,
+            Err(_) => unused.remove().await,
         }
         started
     }
 
-    async fn start_in(
-        config: &PodConfig<'_>,
-        first: NewContainer<'_>,
-        cgroup: Option<SandboxCgroup>,
-    ) -> Result<Arc<Self>, PodError> {
-        let size = config.size;
+    async fn start_in(config: &PodConfig<'_>, first: NewContainer<'_>) -> Result<Arc<Self>, PodError> {
+        let (size, cgroup) = (config.size, &config.cgroup);
         let mut slots = Slots::default();
-        let plan = Plan::new(Prepared::make(&first, size).await?, first.id, &mut slots, size)?;
+        let storage = config.config.defaults.storage;
+        let plan = Plan::new(Prepared::make(first, size, storage).await?, &mut slots, size)?;
 
         let empty = config.paths.empty()?;
         let entrance =
@@ -249,13 +255,14 @@ impl Pod {
             None
         };
         let network = match &config.network {
+            Network::Owners => Place::Owners,
             Network::New => Place::New,
             Network::Path(path) => {
                 Place::Namespace(File::open(path).map_err(|e| PodError::Network(path.clone(), e))?)
             }
         };
         let network = if geteuid().is_root() { network } else { Place::Owners };
-        let socket = config.directory.join("vsock");
+        let socket = config.directory.join(SOCKET_FILE);
         let file_server = if plan.shares.is_empty() {
             None
         } else {
@@ -266,11 +273,10 @@ impl Pod {
             kvm: &config.config.paths.kvm,
             memory_mib: size.memory_mib,
             cpus: size.cpus,
-            jail: Jail { uid: uid.as_ref(), root: &empty, network },
+            jail: Jail { uid: uid.as_ref(), root: &empty, network, cgroup: entrance.as_ref() },
             socket: &socket,
-            disks: &plan.storage.disks,
+            disks: &plan.disks,
             shares: file_server.as_ref().map(|(_, requests)| requests),
-            cgroup: entrance.as_ref(),
         };
         let serve = async {
             match &file_server {
@@ -281,22 +287,29 @@ impl Pod {
         let (sandbox, served) = tokio::join!(Sandbox::boot(&sandbox_config), serve);
         let sandbox = sandbox?;
         served?;
-        let agent = sandbox.agent().await?;
+        let agent = match sandbox.agent().await {
+            Ok(agent) => agent,
+            Err(error) => return Err(explain(&sandbox, error).await),
+        };
         let pod = Arc::new(Self {
             sandbox,
             agent,
+            connected: Stamp::now(),
             size,
+            storage,
             file_server: OnceCell::new_with(file_server.map(|(server, _)| server)),
             file_server_program: config.artifacts.file_server.clone(),
             empty,
-            cgroup,
+            cgroup: cgroup.clone(),
             slots: Mutex::new(slots),
             containers: Mutex::default(),
             cpus: Mutex::default(),
             _uid: uid,
         });
-        locked(&pod.containers).insert(first.id.to_owned(), plan.holdings());
-        pod.agent.create_container(&plan.request(&first)?).await?;
+        locked(&pod.containers).insert(plan.request.container_id.clone(), plan.holdings());
+        if let Err(error) = pod.agent.create_container(&plan.request).await {
+            return Err(pod.explain(error).await);
+        }
         pod.bring_cpus();
         Ok(pod)
     }
@@ -306,25 +319,26 @@ impl Pod {
     /// # Errors
     /// [`PodError`]; nothing is left of what was made.
     pub async fn create(&self, container: NewContainer<'_>) -> Result<(), PodError> {
-        let prepared = Prepared::make(&container, self.size).await?;
-        let plan = Plan::new(prepared, container.id, &mut locked(&self.slots), self.size)?;
+        let prepared = Prepared::make(container, self.size, self.storage).await?;
+        let plan = Plan::new(prepared, &mut locked(&self.slots), self.size)?;
+        let id = &plan.request.container_id;
         // From here on what it holds is known, so that it can be given back whatever happens.
-        locked(&self.containers).insert(container.id.to_owned(), plan.holdings());
-        let made = self.make(&container, &plan).await;
+        locked(&self.containers).insert(id.clone(), plan.holdings());
+        let made = self.make(&plan).await;
         if made.is_err() {
-            self.release(container.id).await;
+            self.release(id).await;
         }
         made
     }
 
-    async fn make(&self, container: &NewContainer<'_>, plan: &Plan) -> Result<(), PodError> {
+    async fn make(&self, plan: &Plan) -> Result<(), PodError> {
         if !plan.shares.is_empty() {
             plan.serve(self.file_server().await?).await?;
         }
-        for (slot, disk) in &plan.storage.disks {
+        for (slot, disk) in &plan.disks {
             self.sandbox.plug(&self.agent, *slot, disk).await?;
         }
-        Ok(self.agent.create_container(&plan.request(container)?).await?)
+        Ok(self.agent.create_container(&plan.request).await?)
     }
 
     /// The file server, started and plugged with the first share that a container of this pod has.
@@ -348,12 +362,21 @@ impl Pod {
         }
         let pod = Arc::downgrade(self);
         *locked(&self.cpus) = Some(tokio::spawn(async move {
-            let Some(pod) = pod.upgrade() else { return };
-            // One CPU is enough to run on.
-            if let Err(error) = pod.sandbox.add_cpus(&pod.agent, pod.size.cpus).await {
-                tracing::warn!("the virtual machine has fewer CPUs than {}: {error}", pod.size.cpus);
-            }
+            let Some(pod) = pod.upgrade() else { return Ok(()) };
+            pod.sandbox.add_cpus(&pod.agent, pod.size.cpus).await
         }));
+    }
+
+    /// Waits until the machine has its CPUs.
+    ///
+    /// # Errors
+    /// Once, when it has fewer. One CPU is enough to run on.
+    pub async fn cpus(&self) -> Result<(), GrowError> {
+        let cpus = locked(&self.cpus).take();
+        match cpus {
+            Some(cpus) => cpus.await.unwrap_or(Ok(())),
+            None => Ok(()),
+        }
     }
 
     /// Starts a container, which may count its CPUs and so has to wait for them.
@@ -361,11 +384,15 @@ impl Pod {
     /// # Errors
     /// [`AgentError`]; its kind tells a program that was not found from one that may not be executed.
     pub async fn start_container(&self, id: &str) -> Result<(), AgentError> {
-        let cpus = locked(&self.cpus).take();
-        if let Some(cpus) = cpus {
-            let _ = cpus.await;
+        if let Err(error) = self.cpus().await {
+            tracing::warn!("the virtual machine has fewer CPUs than {}: {error}", self.size.cpus);
         }
         self.agent.start_container(id).await
+    }
+
+    /// Why the agent has not done what it was asked for: a machine that has ended explains one that is gone.
+    pub async fn explain(&self, error: AgentError) -> PodError {
+        explain(&self.sandbox, error).await
     }
 
     /// Ends a container and gives back what it had. One that is not there is fine.
@@ -426,6 +453,13 @@ impl Pod {
         self.file_server.get().map(FileServer::pid)
     }
 
+    /// Ends the file server, which ends by itself with the VMM unless it hangs.
+    pub fn end_file_server(&self) {
+        if let Some(server) = self.file_server.get() {
+            server.end();
+        }
+    }
+
     /// The machine's size.
     pub fn size(&self) -> MachineSize {
         self.size
@@ -455,88 +489,19 @@ impl Pod {
     pub fn times(&self) -> BootTimes {
         self.sandbox.times()
     }
-}
 
-/// What the host has for a container, opened.
-struct Prepared {
-    spec: Spec,
-    namespaces: Vec<SharedNamespace>,
-    root: Root,
-    binds: Vec<Bind>,
-}
-
-impl Prepared {
-    /// Opens what the container has of the host. A network file system may take its time, so a thread of its own does it.
-    async fn make(container: &NewContainer<'_>, size: MachineSize) -> Result<Self, PodError> {
-        let (id, bundle) = (container.id.to_owned(), container.bundle.to_owned());
-        let (mut spec, rootfs) = (container.spec.clone(), container.rootfs.to_vec());
-        let first = container.sandbox.map(ToOwned::to_owned);
-        let prepare = move || -> Result<Self, HandoverError> {
-            handover::refuse_disks(&spec)?;
-            let namespaces = handover::take_namespaces(&mut spec, first.as_deref())?;
-            handover::renumber_cpus(&mut spec, size.cpus)?;
-            let directory = spec.root().as_ref().map(|root| bundle.join(root.path()));
-            let root = handover::root(&rootfs, directory.as_deref())?;
-            let binds = handover::take_binds(&mut spec, &id, &bundle)?;
-            Ok(Self { spec, namespaces, root, binds })
-        };
-        Ok(tokio::task::spawn_blocking(prepare).await??)
+    /// When its agent had answered.
+    pub fn connected(&self) -> Stamp {
+        self.connected
     }
 }
 
-/// A container as the guest can have it.
-#[derive(Debug)]
-struct Plan {
-    spec: Spec,
-    namespaces: Vec<SharedNamespace>,
-    storage: Storage,
-    shares: Vec<(Bind, ShareKind)>,
-}
-
-impl Plan {
-    fn new(prepared: Prepared, id: &str, slots: &mut Slots, size: MachineSize) -> Result<Self, PodError> {
-        let Prepared { spec, namespaces, root, binds } = prepared;
-        let mut shares: Vec<_> = binds.into_iter().map(|bind| (bind, ShareKind::Bind)).collect();
-        let storage = match root {
-            Root::Layers(layers) => {
-                // What the container writes takes up to half of the memory, as tmpfs does by itself.
-                let half = Size(u64::from(size.memory_mib) << 19);
-                storage::plan(slots, &layers, Upper::Tmpfs(half))?
-            }
-            Root::Ext4(disk) => storage::plan_ext4(slots, disk)?,
-            Root::Share(mount) => {
-                let name = format!("{id}.root");
-                let rootfs = Rootfs { share: name.clone(), ..Default::default() };
-                shares.push((Bind { name, mount, read_only: false }, ShareKind::Root));
-                Storage { disks: Vec::new(), rootfs }
-            }
-        };
-        Ok(Self { spec, namespaces, storage, shares })
+async fn explain(sandbox: &Sandbox, error: AgentError) -> PodError {
+    if error.kind() != ErrorKind::Unavailable {
+        return error.into();
     }
-
-    fn holdings(&self) -> Holdings {
-        Holdings {
-            slots: self.storage.disks.iter().map(|(slot, _)| *slot).collect(),
-            shares: self.shares.iter().map(|(bind, _)| bind.name.clone()).collect(),
-            writes_disk: self.storage.disks.iter().any(|(_, disk)| !disk.read_only),
-        }
-    }
-
-    async fn serve(&self, server: &FileServer) -> Result<(), PodError> {
-        for (bind, kind) in &self.shares {
-            server.add(&bind.name, &bind.mount, *kind, bind.read_only).await?;
-        }
-        Ok(())
-    }
-
-    fn request(&self, container: &NewContainer<'_>) -> Result<CreateContainerRequest, PodError> {
-        Ok(CreateContainerRequest {
-            container_id: container.id.to_owned(),
-            spec: serde_json::to_vec(&self.spec)?,
-            rootfs: Some(self.storage.rootfs.clone()).into(),
-            stdio: Some(container.stdio.clone()).into(),
-            shared_namespaces: self.namespaces.clone(),
-            ..Default::default()
-        })
+    match timeout(END_TIMEOUT, sandbox.ended()).await {
+        Ok(end) => PodError::Ended { end, console: sandbox.console_tail() },
+        Err(_) => error.into(),
     }
 }

@@ -1,22 +1,23 @@
 //! A process that this one starts, locks up and owns: the VMM, the file server.
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::process::CommandExt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::ExitStatus;
 use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::libc;
-use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
-use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, waitpid};
 use tokio::io::Interest;
 use tokio::time::timeout;
 
+use crate::birth::Birth;
 use crate::console::escape;
 use crate::watch::watch;
 
@@ -59,10 +60,10 @@ pub(crate) struct Launch<'a> {
     /// The descriptors that it gets under their numbers here, besides the standard ones.
     pub(crate) descriptors: &'a [BorrowedFd<'a>],
     /// Its standard output, which holds the lock on its uid; `/dev/null` without it.
-    pub(crate) stdout: Option<File>,
+    pub(crate) stdout: Option<&'a File>,
     /// Where its network is.
     pub(crate) network: &'a Place,
-    /// An open `cgroup.procs` of the group that it belongs to from its first instruction on.
+    /// The directory of the cgroup that it is in from its first instruction on.
     pub(crate) cgroup: Option<&'a File>,
     /// Give it a pid namespace of its own, in which it can neither see nor signal anyone. Only root can.
     pub(crate) alone: bool,
@@ -71,7 +72,9 @@ pub(crate) struct Launch<'a> {
 /// A running process. Dropped, it is killed.
 #[derive(Debug)]
 pub(crate) struct Process {
-    child: Child,
+    pid: Pid,
+    /// How it ended, once somebody has asked; then its pid may be another's.
+    status: Option<ExitStatus>,
     stderr: File,
 }
 
@@ -81,54 +84,37 @@ impl Process {
     ///
     /// # Errors
     /// [`ProcessError`] when the executable cannot be run or the system is out of descriptors or processes.
-    pub(crate) fn spawn(launch: Launch<'_>) -> Result<Self, ProcessError> {
+    pub(crate) fn spawn(launch: &Launch<'_>) -> Result<Self, ProcessError> {
         let setup = |e: rustix::io::Errno| ProcessError::Setup(e.into());
         let (stderr, their_stderr) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(setup)?;
-        let mut command = Command::new(launch.executable);
-        command.args(&launch.arguments).env_clear().process_group(0);
-        command.stdin(Stdio::null()).stderr(their_stderr);
-        command.stdout(launch.stdout.map_or_else(Stdio::null, Stdio::from));
-        let kept: Vec<RawFd> = launch.descriptors.iter().map(AsRawFd::as_raw_fd).collect();
-        let cgroup = launch.cgroup.map(AsRawFd::as_raw_fd);
-        let network = match launch.network {
-            Place::Owners => None,
-            Place::New => Some(None),
-            Place::Namespace(file) => Some(Some(file.as_raw_fd())),
+        let null = File::options().read(true).write(true).open("/dev/null").map_err(ProcessError::Setup)?;
+        let words =
+            [launch.executable.as_os_str()].into_iter().chain(launch.arguments.iter().map(AsRef::as_ref));
+        let words: Result<Vec<CString>, _> = words.map(|word| CString::new(word.as_bytes())).collect();
+        let alone = if launch.alone { libc::CLONE_NEWPID } else { 0 };
+        let (network, namespaces) = match launch.network {
+            Place::Owners => (None, alone),
+            Place::New => (None, alone | libc::CLONE_NEWNET),
+            Place::Namespace(file) => (Some(file.as_fd()), alone),
         };
-        // SAFETY: the closure runs in the forked child and makes system calls only, on descriptors that the child has copies of:
-        // the parent closes its own only after `spawn` has returned.
-        unsafe {
-            command.pre_exec(move || {
-                close_all_on_exec()?;
-                for &descriptor in &kept {
-                    fcntl_setfd(BorrowedFd::borrow_raw(descriptor), FdFlags::empty())?;
-                }
-                if let Some(cgroup) = cgroup {
-                    rustix::io::write(BorrowedFd::borrow_raw(cgroup), b"0")?;
-                }
-                match network {
-                    None => Ok(()),
-                    Some(None) => Ok(unshare_unsafe(UnshareFlags::NEWNET)?),
-                    Some(Some(namespace)) => {
-                        let kind = Some(LinkNameSpaceType::Network);
-                        Ok(move_into_link_name_space(BorrowedFd::borrow_raw(namespace), kind)?)
-                    }
-                }
-            });
-        }
-        let mut spawn = || {
-            command.spawn().map_err(|e| match e.raw_os_error() {
-                Some(libc::ENOSYS | libc::EINVAL) => ProcessError::Kernel(e),
-                _ => ProcessError::Spawn(e),
-            })
+        let birth = Birth {
+            words: words.map_err(|e| ProcessError::Setup(e.into()))?,
+            streams: [null.as_fd(), launch.stdout.map_or(null.as_fd(), File::as_fd), their_stderr.as_fd()],
+            kept: launch.descriptors,
+            network,
+            namespaces,
+            cgroup: launch.cgroup.map(File::as_fd),
         };
-        let child = if launch.alone { in_new_pid_namespace(spawn)? } else { spawn()? };
-        Ok(Self { child, stderr: stderr.into() })
+        let pid = birth.give().map_err(|e| match e.raw_os_error() {
+            Some(libc::ENOSYS | libc::EINVAL) => ProcessError::Kernel(e),
+            _ => ProcessError::Spawn(e),
+        })?;
+        Ok(Self { pid, status: None, stderr: stderr.into() })
     }
 
     /// Its process id.
     pub(crate) fn pid(&self) -> u32 {
-        self.child.id()
+        self.pid.as_raw_nonzero().get().unsigned_abs()
     }
 
     /// A descriptor that is readable when the process has ended.
@@ -136,8 +122,10 @@ impl Process {
     /// # Errors
     /// When the system is out of descriptors.
     pub(crate) fn pidfd(&self) -> io::Result<OwnedFd> {
-        // The child has not been waited for, so its pid is still its own.
-        Ok(pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty())?)
+        if self.status.is_some() {
+            return Err(Errno::ESRCH.into());
+        }
+        Ok(pidfd_open(self.pid, PidfdFlags::empty())?)
     }
 
     /// How it ended, if it does within `patience`, and what it last wrote to its standard error.
@@ -146,17 +134,28 @@ impl Process {
         if let Some(gone) = self.pidfd().ok().and_then(|pidfd| watch(pidfd, Interest::READABLE).ok()) {
             let _ = timeout(patience, gone.readable()).await;
         }
-        let status = self.child.try_wait().ok().flatten();
+        self.reap();
         let mut written = Vec::new();
         // The pipe does not block: what is there is all there is, and a read error after it changes nothing.
         let _ = (&self.stderr).take(MESSAGE_MAX).read_to_end(&mut written);
-        (status, escape(written.trim_ascii()).replace("\\n", "; "))
+        (self.status, escape(written.trim_ascii()).replace("\\n", "; "))
     }
 
-    /// Ends it.
-    #[cfg(test)]
-    pub(crate) fn kill(&mut self) {
-        self.child.kill().unwrap();
+    /// Ends it, whatever state it is in.
+    pub(crate) fn kill(&self) {
+        if self.status.is_none() {
+            // It fails when the process has ended already, which is just as well.
+            let _ = kill_process(self.pid, Signal::KILL);
+        }
+    }
+
+    /// Takes note of its end if it has ended.
+    fn reap(&mut self) {
+        if self.status.is_none()
+            && let Ok(Some((_, status))) = waitpid(Some(self.pid), WaitOptions::NOHANG)
+        {
+            self.status = Some(ExitStatus::from_raw(status.as_raw()));
+        }
     }
 
     /// Its standard error.
@@ -168,34 +167,8 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // It fails when the process has ended already, which is just as well. Nobody waits for a machine to be torn
-        // down: whoever reaps the owner reaps the VMM.
-        let _ = self.child.kill();
-        let _ = self.child.try_wait();
+        // Nobody waits for a machine to be torn down: whoever reaps the owner reaps the VMM.
+        self.kill();
+        self.reap();
     }
-}
-
-/// Has `exec` close every descriptor but the standard ones, among them those that whoever started this program forgot. Safe in a
-/// forked child.
-fn close_all_on_exec() -> io::Result<()> {
-    // SAFETY: takes integers, touches no memory.
-    let result = unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
-    Ok(Errno::result(result).map(drop)?)
-}
-
-/// Runs `spawn`, whose child is born into a pid namespace of its own, so that it can neither see nor signal anyone.
-fn in_new_pid_namespace(spawn: impl FnOnce() -> Result<Child, ProcessError>) -> Result<Child, ProcessError> {
-    let setup = |e: rustix::io::Errno| ProcessError::Setup(e.into());
-    let own = File::open("/proc/thread-self/ns/pid").map_err(ProcessError::Setup)?;
-    // SAFETY: unshares nothing but the namespace of future children of this thread, and no descriptors.
-    unsafe { unshare_unsafe(UnshareFlags::NEWPID) }.map_err(setup)?;
-    let spawned = spawn();
-    // Later children of this thread have nothing to do with the process.
-    let back = move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::ProcessID)).map_err(setup);
-    let mut child = spawned?;
-    if let Err(error) = back {
-        let _ = child.kill();
-        return Err(error);
-    }
-    Ok(child)
 }

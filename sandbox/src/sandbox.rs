@@ -1,6 +1,6 @@
 //! A machine from its first process to its last.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
@@ -53,8 +53,6 @@ pub struct SandboxConfig<'a> {
     pub disks: &'a [(u8, Disk)],
     /// The socket to a file server, if the guest shares files of the host.
     pub shares: Option<&'a OwnedFd>,
-    /// An open `cgroup.procs`, of the group that the machine belongs to.
-    pub cgroup: Option<&'a File>,
 }
 
 /// Why there is no machine.
@@ -167,7 +165,6 @@ impl Sandbox {
                 kvm: descriptors.add(&kvm),
                 console: descriptors.add(console.file()),
                 status_port: STATUS_PORT,
-                cgroup: config.cgroup.map(|cgroup| descriptors.add(cgroup)),
             },
             memory_mib: config.memory_mib,
             vcpus: 1,
@@ -181,6 +178,9 @@ impl Sandbox {
         // A VMM that has ended is asked no more, but judged by its end.
         if let Err(error @ (ControlError::Refused { .. } | ControlError::Protocol(_))) = reply {
             return Err(SandboxError::Refused(error));
+        }
+        if let Err(ControlError::Timeout(..)) = reply {
+            return Err(SandboxError::NotReady(console.tail(CONSOLE_LINES)));
         }
         match timeout(BOOT_TIMEOUT, until_ready(&mut events, &mut evidence)).await {
             Ok(true) => {}

@@ -1,11 +1,12 @@
 //! How large a machine is, from what its containers may use.
 //!
-//! A limit of a container is enforced in the guest; the machine is made large enough for it. Annotations of the operator's
-//! choice come before limits, limits before the defaults of the configuration.
+//! A limit of a container is enforced in the guest; the machine is made large enough for it. What a user asks for in person comes
+//! before annotations of the operator's choice, these before limits, limits before the defaults of the configuration.
 
 use bulkhead_vmm::arch::layout::VCPUS_MAX;
 use bulkhead_vmm::memory::{MEMORY_MAX_MIB, MEMORY_MIN_MIB};
 use oci_spec::runtime::{LinuxResources, Spec};
+use rustix::system::sysinfo;
 
 use crate::config::Config;
 use crate::oci::annotation;
@@ -40,6 +41,36 @@ pub struct MachineSize {
     pub cpus: u8,
 }
 
+/// What a user asks for in person. Only the command line has it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Asked {
+    /// Memory of the machine.
+    pub memory: Option<Size>,
+    /// CPUs of the machine.
+    pub cpus: Option<u32>,
+}
+
+/// What a host has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Host {
+    /// All of its memory.
+    pub memory: Size,
+    /// CPUs that this process may use, at least 1 and at most [`VCPUS_MAX`].
+    pub cpus: u8,
+}
+
+impl Host {
+    /// This one.
+    pub fn examine() -> Self {
+        let info = sysinfo();
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            memory: Size(u64::from(info.mem_unit).saturating_mul(info.totalram)),
+            cpus: u8::try_from(cpus).unwrap_or(u8::MAX).min(VCPUS_MAX),
+        }
+    }
+}
+
 /// Why a machine cannot have the size that is asked for.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum SizeError {
@@ -53,6 +84,9 @@ pub enum SizeError {
         /// For how much.
         mib: u64,
     },
+    /// A user asks for more memory than there is.
+    #[error("--memory asks for a virtual machine of {0}: this host has {1} in all, so give less")]
+    Host(Size, Size),
     /// The number of CPUs is out of bounds.
     #[error("{what} asks for {cpus} CPUs: 1 to {VCPUS_MAX} are possible")]
     Cpus {
@@ -76,19 +110,21 @@ pub enum SizeError {
 
 /// The machine for a container, or for a pod whose first container this is.
 ///
-/// It has no more CPUs than the host, unless an annotation asks for them: they would only wait for each other.
+/// It has no more CPUs than the host, unless a user or an annotation asks for them: they would only wait for each other.
 ///
 /// # Errors
 /// [`SizeError`] for an annotation that is not allowed or not valid, and for a size that no machine can have.
-pub fn machine_size(spec: &Spec, config: &Config, host_cpus: u8) -> Result<MachineSize, SizeError> {
+pub fn machine_size(
+    spec: &Spec,
+    config: &Config,
+    asked: Asked,
+    host: Host,
+) -> Result<MachineSize, SizeError> {
     check_annotations(spec, config)?;
-    Ok(MachineSize { memory_mib: memory(spec, config)?, cpus: cpus(spec, config, host_cpus.into())? })
-}
-
-/// CPUs that this process may use, at least 1 and at most [`VCPUS_MAX`].
-pub fn host_cpus() -> u8 {
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    u8::try_from(cpus).unwrap_or(u8::MAX).min(VCPUS_MAX)
+    if let Some(size) = asked.memory.filter(|size| *size > host.memory) {
+        return Err(SizeError::Host(size, host.memory));
+    }
+    Ok(MachineSize { memory_mib: memory(spec, config, asked)?, cpus: cpus(spec, config, asked, host)? })
 }
 
 fn check_annotations(spec: &Spec, config: &Config) -> Result<(), SizeError> {
@@ -106,8 +142,10 @@ fn check_annotations(spec: &Spec, config: &Config) -> Result<(), SizeError> {
     Ok(())
 }
 
-fn memory(spec: &Spec, config: &Config) -> Result<u32, SizeError> {
-    let (what, mib) = if let Some(text) = annotation(spec, MEMORY_ANNOTATION) {
+fn memory(spec: &Spec, config: &Config, asked: Asked) -> Result<u32, SizeError> {
+    let (what, mib) = if let Some(size) = asked.memory {
+        ("--memory", size.mib_rounded_up())
+    } else if let Some(text) = annotation(spec, MEMORY_ANNOTATION) {
         let size: Size = text
             .parse()
             .map_err(|e: crate::size::SizeError| SizeError::Annotation(MEMORY_ANNOTATION, e.to_string()))?;
@@ -123,8 +161,11 @@ fn memory(spec: &Spec, config: &Config) -> Result<u32, SizeError> {
     fits.ok_or(SizeError::Memory { what, mib })
 }
 
-fn cpus(spec: &Spec, config: &Config, most: u64) -> Result<u8, SizeError> {
-    let (what, cpus) = if let Some(text) = annotation(spec, CPUS_ANNOTATION) {
+fn cpus(spec: &Spec, config: &Config, asked: Asked, host: Host) -> Result<u8, SizeError> {
+    let most = u64::from(host.cpus);
+    let (what, cpus) = if let Some(cpus) = asked.cpus {
+        ("--cpus", cpus.into())
+    } else if let Some(text) = annotation(spec, CPUS_ANNOTATION) {
         let error = || SizeError::Annotation(CPUS_ANNOTATION, "give a number of CPUs".into());
         (CPUS_ANNOTATION, text.parse().map_err(|_| error())?)
     } else if let Some(quota) = pod_number(spec, POD_CPU_QUOTA)? {
@@ -188,12 +229,18 @@ mod tests {
 
     use super::*;
 
+    const HOST: Host = Host { memory: Size(8 << 30), cpus: 4 };
+
     fn size(resources: &Value, annotations: &Value) -> Result<MachineSize, SizeError> {
+        asked(Asked::default(), resources, annotations)
+    }
+
+    fn asked(asked: Asked, resources: &Value, annotations: &Value) -> Result<MachineSize, SizeError> {
         let mut config = Config::default();
         config.annotations.allow = ANNOTATIONS.map(String::from).to_vec();
         let spec =
             json!({"ociVersion": "1.2.0", "annotations": annotations, "linux": {"resources": resources}});
-        machine_size(&serde_json::from_value(spec).unwrap(), &config, 4)
+        machine_size(&serde_json::from_value(spec).unwrap(), &config, asked, HOST)
     }
 
     #[test]
@@ -229,7 +276,33 @@ mod tests {
         assert_eq!(size(&json!({"cpu": {"cpus": "0-47"}}), &json!({})).unwrap().cpus, 4);
         assert_eq!(size(&json!({}), &json!({POD_CPU_QUOTA: "9000000"})).unwrap().cpus, 4);
         let spec = serde_json::from_value(json!({"ociVersion": "1.2.0"})).unwrap();
-        assert_eq!(machine_size(&spec, &Config::default(), 1).unwrap().cpus, 1);
+        let small = Host { cpus: 1, ..HOST };
+        assert_eq!(machine_size(&spec, &Config::default(), Asked::default(), small).unwrap().cpus, 1);
+    }
+
+    #[test]
+    fn what_a_user_asks_for_comes_before_all_else_and_may_be_more_cpus_than_the_host_has() {
+        let limits = json!({"memory": {"limit": 512 << 20}, "cpu": {"quota": 250_000, "period": 100_000}});
+        let annotations = json!({MEMORY_ANNOTATION: "300M", CPUS_ANNOTATION: "5"});
+        let both = Asked { memory: Some(Size((512 << 20) + 1)), cpus: Some(8) };
+        let expected = MachineSize { memory_mib: 513, cpus: 8 };
+        assert_eq!(asked(both, &limits, &annotations).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_user_is_told_what_is_possible() {
+        let refused = |cpus, memory: Option<u64>| {
+            let size = Asked { memory: memory.map(Size), cpus };
+            asked(size, &json!({}), &json!({})).unwrap_err().to_string()
+        };
+        for cpus in [0, 33, 256, 257, u32::MAX] {
+            let error = refused(Some(cpus), None);
+            assert!(error.contains("--cpus") && error.contains("1 to 32"), "{error}");
+        }
+        let little = refused(None, Some((63 << 20) + 1 - (1 << 20)));
+        assert!(little.contains("--memory") && little.contains("64 to"), "{little}");
+        let much = refused(None, Some((8 << 30) + 1));
+        assert!(much.contains("8 GiB in all"), "{much}");
     }
 
     #[test]
@@ -250,7 +323,8 @@ mod tests {
     #[test]
     fn an_annotation_counts_only_where_it_is_allowed() {
         let spec = json!({"ociVersion": "1.2.0", "annotations": {CPUS_ANNOTATION: "4"}});
-        let error = machine_size(&serde_json::from_value(spec).unwrap(), &Config::default(), 4).unwrap_err();
+        let spec = serde_json::from_value(spec).unwrap();
+        let error = machine_size(&spec, &Config::default(), Asked::default(), HOST).unwrap_err();
         assert_eq!(error, SizeError::NotAllowed(CPUS_ANNOTATION.into()));
     }
 

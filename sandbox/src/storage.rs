@@ -1,7 +1,7 @@
 //! A container's root as disks of the guest: its layers behind one read-only disk, what it writes on a scratch disk or in the
 //! guest's memory.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -17,6 +17,8 @@ use crate::slots::{NoSlot, Slots};
 
 /// Most layers of an image: the entries of a GPT. Docker's own limit is 127.
 pub const LAYERS_MAX: usize = 128;
+/// What was written above the layers of a snapshot of containerd's, in the directory of the snapshot.
+const WRITTEN_FILE: &str = "bulkhead.ext4";
 /// Least size of a scratch disk: below it ext4 has no room for itself.
 pub const SCRATCH_MIN: Size = Size(16 << 20);
 
@@ -27,7 +29,7 @@ pub enum Upper {
     None,
     /// The guest's memory, up to so much.
     Tmpfs(Size),
-    /// A disk made by [`make_scratch`].
+    /// A disk made by [`make_scratch`] or [`snapshot_disk`].
     Scratch(File),
 }
 
@@ -52,6 +54,9 @@ pub enum StorageError {
     /// A layer is not EROFS.
     #[error("the layer {0} is not an EROFS image")]
     Format(PathBuf),
+    /// What was written before cannot be read.
+    #[error("what the container wrote when it ran before cannot be used: make the container again")]
+    Written(#[source] ImageFileError),
     /// The scratch disk cannot be made.
     #[error("cannot make the scratch disk {0}")]
     Scratch(PathBuf, #[source] io::Error),
@@ -131,6 +136,36 @@ fn source(slot: u8, partition: u32) -> BlockSource {
 /// # Errors
 /// [`StorageError`] when the file cannot be made or `mke2fs` is missing or fails.
 pub async fn make_scratch(path: &Path, size: Size) -> Result<File, StorageError> {
+    make_disk(path, size, "^has_journal,^resize_inode").await
+}
+
+/// Opens the disk for what is written above the layers of a snapshot, whose directory this is; the first time it is made, of `size`,
+/// as a sparse file. It has a journal, because a container that was killed with its machine may be started again.
+///
+/// # Errors
+/// [`StorageError`] when it can neither be opened nor made.
+pub async fn snapshot_disk(directory: &Path, size: Size) -> Result<File, StorageError> {
+    let path = directory.join(WRITTEN_FILE);
+    let failed = |e| StorageError::Scratch(path.clone(), e);
+    match image_file::open(&path) {
+        Ok((_, Format::Ext4)) => File::options().read(true).write(true).open(&path).map_err(failed),
+        Ok((_, Format::Erofs)) => Err(StorageError::Written(ImageFileError::Unknown(path))),
+        Err(ImageFileError::Read(_, e)) if e.kind() == io::ErrorKind::NotFound => {
+            // Half a disk, of a creation that was cut short, never bears the name.
+            let new = path.with_extension("new");
+            match fs::remove_file(&new) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed(e)),
+                _ => {}
+            }
+            let disk = make_disk(&new, size, "has_journal,^resize_inode").await?;
+            fs::rename(&new, &path).map_err(failed)?;
+            Ok(disk)
+        }
+        Err(error) => Err(StorageError::Written(error)),
+    }
+}
+
+async fn make_disk(path: &Path, size: Size, features: &str) -> Result<File, StorageError> {
     if size < SCRATCH_MIN {
         return Err(StorageError::ScratchSize(size));
     }
@@ -139,8 +174,11 @@ pub async fn make_scratch(path: &Path, size: Size) -> Result<File, StorageError>
         File::options().read(true).write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
     file.set_len(size.0).map_err(failed)?;
     let mut command = Command::new("mke2fs");
-    command.args(["-q", "-F", "-t", "ext4", "-m", "0", "-O", "^has_journal,^resize_inode"]);
-    command.args(["-E", "lazy_itable_init=1,nodiscard,root_owner=0:0"]).arg(path).kill_on_drop(true);
+    command.args(["-q", "-F", "-t", "ext4", "-m", "0", "-O", features, "-E"]);
+    command
+        .arg("lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0")
+        .arg(path)
+        .kill_on_drop(true);
     command.env_clear().env("PATH", search_path(&std::env::var("PATH").unwrap_or_default()));
     let output = command.output().await.map_err(StorageError::NoMke2fs)?;
     if !output.status.success() {
@@ -159,7 +197,7 @@ fn search_path(users: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::os::unix::fs::FileExt;
 
     use super::*;
 
@@ -235,5 +273,22 @@ mod tests {
         assert_eq!(storage.rootfs.ext4().slot, u32::from(storage.disks[1].0));
         assert!(matches!(make_scratch(&path, Size(1)).await, Err(StorageError::ScratchSize(_))));
         assert!(matches!(make_scratch(&path, SCRATCH_MIN).await, Err(StorageError::Scratch(..))));
+    }
+
+    #[tokio::test]
+    async fn what_was_written_above_a_snapshot_is_kept_and_half_a_disk_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(WRITTEN_FILE);
+        fs::write(path.with_extension("new"), "half").unwrap();
+        let disk = snapshot_disk(dir.path(), Size(64 << 20)).await.unwrap();
+        // Where ext4 keeps nothing.
+        disk.write_all_at(b"mark", 0).unwrap();
+        assert_eq!(image_file::open(&path).unwrap().1, Format::Ext4);
+        let mut mark = [0; 4];
+        snapshot_disk(dir.path(), Size(1 << 30)).await.unwrap().read_exact_at(&mut mark, 0).unwrap();
+        assert_eq!(&mark, b"mark");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        fs::write(&path, "no disk").unwrap();
+        assert!(matches!(snapshot_disk(dir.path(), SCRATCH_MIN).await, Err(StorageError::Written(_))));
     }
 }

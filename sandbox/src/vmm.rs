@@ -1,5 +1,6 @@
 //! The process `bulkhead-vmm`: how it is started, told apart from others and brought to its end.
 
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
@@ -31,6 +32,8 @@ pub struct Jail<'a> {
     pub root: &'a Path,
     /// Its network namespace.
     pub network: Place,
+    /// The directory of its cgroup, opened.
+    pub cgroup: Option<&'a File>,
 }
 
 /// A running VMM. Dropped, it is killed.
@@ -55,7 +58,7 @@ impl VmmProcess {
             let uid = lease.uid().to_string();
             arguments.extend(["--uid".to_owned(), uid.clone(), "--gid".to_owned(), uid, "--root".to_owned()]);
             arguments.push(jail.root.display().to_string());
-            stdout = Some(lease.file().try_clone().map_err(|e| failed(ProcessError::Setup(e)))?);
+            stdout = Some(lease.file());
         }
         let launch = Launch {
             executable,
@@ -63,10 +66,10 @@ impl VmmProcess {
             descriptors: &[theirs.as_fd()],
             stdout,
             network: &jail.network,
-            cgroup: None,
+            cgroup: jail.cgroup,
             alone: lease.is_some(),
         };
-        Ok((Self(Process::spawn(launch).map_err(failed)?), ours))
+        Ok((Self(Process::spawn(&launch).map_err(failed)?), ours))
     }
 
     /// Its process id.
@@ -81,8 +84,11 @@ impl VmmProcess {
 }
 
 #[cfg(test)]
+#[path = "../tests/support/executable.rs"]
+mod executable;
+
+#[cfg(test)]
 mod tests {
-    use std::fs::File;
     use std::os::unix::process::ExitStatusExt;
     use std::process::Command;
 
@@ -103,12 +109,11 @@ mod tests {
     ) -> (tempfile::TempDir, Result<(VmmProcess, ControlSocket), VmmError>) {
         let dir = tempfile::tempdir().unwrap();
         let executable = dir.path().join("vmm");
-        // Not written by this process: a child that another test forks meanwhile would hold it open, "text file busy".
-        let content = format!("#!/bin/sh\n{script}\n");
-        let write = r#"printf %s "$0" >"$1" && chmod 755 "$1""#;
-        let written = Command::new("sh").args(["-c", write, &content]).arg(&executable).status().unwrap();
-        assert!(written.success());
-        let spawned = VmmProcess::spawn(&executable, &Jail { uid, root: dir.path(), network: Place::Owners });
+        executable::script(&executable, script);
+        let spawned = VmmProcess::spawn(
+            &executable,
+            &Jail { uid, root: dir.path(), network: Place::Owners, cgroup: None },
+        );
         (dir, spawned)
     }
 
@@ -177,7 +182,7 @@ mod tests {
 
     #[test]
     fn a_missing_executable_is_named() {
-        let jail = Jail { uid: None, root: Path::new("/"), network: Place::Owners };
+        let jail = Jail { uid: None, root: Path::new("/"), network: Place::Owners, cgroup: None };
         let error = VmmProcess::spawn(Path::new("/nonexistent/bulkhead-vmm"), &jail).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/bulkhead-vmm"), "{error}");
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use bulkhead_sandbox::agent::messages::WaitProcessResponse;
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use protobuf::MessageField;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
 use crate::machine::Machine;
 use crate::process::{Exit, KILLED, Process, State};
@@ -23,6 +23,8 @@ const EXECS_TIMEOUT: Duration = Duration::from_secs(5);
 const REMOVE_TIMEOUT: Duration = Duration::from_secs(4);
 /// How long a machine whose agent is gone may take to be known as ended.
 const LOST_TIMEOUT: Duration = Duration::from_secs(2);
+/// The shortest time between two out-of-memory events of a container: containerd tells everybody of each.
+const OOM_PAUSE: Duration = Duration::from_secs(1);
 /// The exit status of a process of which the guest says something that cannot be.
 const UNKNOWN: u32 = 255;
 /// Most that an exit status can be.
@@ -87,18 +89,23 @@ pub(crate) async fn exec(shim: Arc<Shim>, task: Arc<Task>, process: Arc<Process>
 
 /// Tells of memory that has run out, for as long as the guest answers.
 pub(crate) async fn oom(shim: Arc<Shim>, task: Arc<Task>, machine: Arc<Machine>) {
-    let mut kills = 0;
+    let (mut kills, mut next) = (0, Instant::now());
     loop {
+        let watching = async {
+            // The guest says how often it happens, but not how often it is told.
+            sleep_until(next).await;
+            machine.agent().watch_oom(&task.id, kills).await
+        };
         let more = tokio::select! {
-            more = machine.agent().watch_oom(&task.id, kills) => more,
+            more = watching => more,
             _ = machine.over() => return,
             _ = task.init.stopped() => return,
         };
         match more {
-            // Anything else would make this loop run as fast as the guest likes.
             Ok(more) if more > kills => kills = more,
             _ => return,
         }
+        next = Instant::now() + OOM_PAUSE;
         task.oom_told.store(true, Ordering::Relaxed);
         shim.events.publish(&TaskOOM { container_id: task.id.clone(), ..Default::default() });
     }

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use bulkhead_protocol::limits::is_valid_id;
+use bulkhead_protocol::limits::{CREATE_TIMEOUT_S, is_valid_id};
 use bulkhead_sandbox::agent::ProcessId;
 use bulkhead_sandbox::artifacts::Artifacts;
+use bulkhead_sandbox::cgroup::SandboxCgroup;
 use bulkhead_sandbox::config::Config;
 use bulkhead_sandbox::paths::Paths;
-use bulkhead_sandbox::sizing::{host_cpus, machine_size};
+use bulkhead_sandbox::sizing::{Asked, Host, machine_size};
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use protobuf::MessageField;
@@ -24,10 +25,16 @@ use crate::options;
 use crate::process::{Exit, KILLED, Process, State};
 use crate::shim::{Shim, explain, through};
 use crate::task::Task;
+use bulkhead_sandbox::container::{NewContainer, RootSource};
 use bulkhead_sandbox::handover::RootfsMount;
 use bulkhead_sandbox::oci;
-use bulkhead_sandbox::pod::{NewContainer, PodConfig};
+use bulkhead_sandbox::pod::{PodConfig, PodError};
 
+/// How long a container may take to be created in a machine that runs.
+const CREATE_TIMEOUT: Duration = Duration::from_secs(CREATE_TIMEOUT_S);
+/// How long a machine may take to be started with its first container: a guest that does not boot within a minute is booted once
+/// more, so that the error can say why.
+const MACHINE_TIMEOUT: Duration = Duration::from_mins(3);
 /// How long the guest may take to remove what is left of a container whose creation failed.
 const REMOVE_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -109,8 +116,9 @@ impl Shim {
             id: &task.id,
             spec,
             bundle: &task.bundle,
-            rootfs: &rootfs,
+            root: RootSource::Mounts(&rootfs),
             stdio: task.init.stdio.asked(task.init.size()),
+            user: "",
             sandbox: None,
         };
         let machine = Box::pin(self.place(task, &program, container, config_file.as_deref())).await?;
@@ -137,13 +145,14 @@ impl Shim {
             drop(slot);
             task.set_machine(Arc::clone(&machine));
             let container = NewContainer { sandbox: Some(&machine.first), ..container };
-            let created = machine.create(container, &self.directory).await;
-            return match created {
+            let created = timeout(CREATE_TIMEOUT, machine.create(container, &self.directory)).await;
+            return match created.map_err(|_| TaskError::Deadline("the container is not created"))? {
                 Ok(()) => Ok(machine),
                 Err(error) => Err(explain(&machine, TaskError::create(program, error)).await),
             };
         }
-        let machine = self.start_machine(config, container).await;
+        let machine = timeout(MACHINE_TIMEOUT, self.start_machine(config, container)).await;
+        let machine = machine.map_err(|_| TaskError::Deadline("the virtual machine does not start"))?;
         let machine = machine.map_err(|error| match error {
             TaskError::Pod(error) => TaskError::create(program, error),
             other => other,
@@ -163,16 +172,22 @@ impl Shim {
             None => Config::from_environment(),
         }
         .map_err(|error| TaskError::Config(error.into()))?;
-        let spec = first.spec.clone();
+        let spec = &first.spec;
+        let artifacts = Artifacts::locate(&config.paths).map_err(|error| TaskError::Config(error.into()))?;
+        let size = machine_size(spec, &config, Asked::default(), Host::examine())
+            .map_err(|error| TaskError::Bundle(error.into()))?;
+        let network = oci::network(spec).map_err(|error| TaskError::Bundle(error.into()))?;
+        let cgroup = oci::cgroups_path(spec)
+            .map_or(Ok(None), |path| SandboxCgroup::make(path, size, spec))
+            .map_err(PodError::from)?;
         let config = PodConfig {
             config: &config,
-            artifacts: &Artifacts::locate(&config.paths).map_err(|error| TaskError::Config(error.into()))?,
+            artifacts: &artifacts,
             paths: &Paths::from_environment(),
             directory: &self.directory,
-            size: machine_size(&spec, &config, host_cpus())
-                .map_err(|error| TaskError::Bundle(error.into()))?,
-            network: oci::network(&spec).map_err(|error| TaskError::Bundle(error.into()))?,
-            cgroup: spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_ref()?.to_str()),
+            size,
+            network,
+            cgroup,
         };
         let oom_score = spec.process().as_ref().and_then(oci_spec::runtime::Process::oom_score_adj);
         Ok(Machine::start(config, first, oom_score.unwrap_or(0)).await?)

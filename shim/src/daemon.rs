@@ -13,8 +13,10 @@ use rustix::fs::{FlockOperation, Mode, OFlags, flock, fstat, open, stat};
 use rustix::io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd};
 use rustix::process::{getppid, setsid};
 
+use crate::address::Address;
 use crate::args::Args;
 use crate::record::Recorded;
+use crate::shim::CONTAINERS;
 
 /// Name of the file, in the pod's directory, that a shim has locked for as long as it lives. It names its process.
 const LOCK: &str = "shim";
@@ -91,6 +93,28 @@ pub(crate) fn life(directory: &Path) -> Result<Life, DaemonError> {
         Ok(()) => Ok(Life::Gone(file)),
         Err(Errno::WOULDBLOCK) => Ok(Life::Lives(crate::record::read(&path))),
         Err(errno) => Err(failed(errno)),
+    }
+}
+
+/// Removes what a `start` that has failed has made, unless a shim lives there or somebody else is about to start one.
+pub(crate) fn abandon(address: &Address) {
+    let directory = &address.directory;
+    // What cannot be removed is what the next `start` or `delete` finds.
+    match try_turn(directory) {
+        Ok(Some(_turn)) => {
+            // Not made for the look: there may be no room for it.
+            let is_gone = !directory.join(LOCK).exists() || matches!(life(directory), Ok(Life::Gone(_)));
+            if is_gone {
+                let _ = fs::remove_file(&address.socket);
+                let _ = fs::remove_dir_all(directory);
+            }
+        }
+        Ok(None) => {}
+        // Where nobody can have a turn, nobody has had one, or it is not empty.
+        Err(_) => {
+            let _ = fs::remove_dir(directory.join(CONTAINERS));
+            let _ = fs::remove_dir(directory);
+        }
     }
 }
 
@@ -211,6 +235,23 @@ mod tests {
         assert_eq!(found, Some(recorded));
         drop(lock);
         assert!(matches!(life(directory.path()).unwrap(), Life::Gone(_)));
+    }
+
+    #[test]
+    fn a_start_that_fails_leaves_nothing_but_a_shim_that_lives() {
+        let root = tempfile::tempdir().unwrap();
+        let address = Address { socket: root.path().join("socket"), directory: root.path().join("pod") };
+        fs::create_dir_all(address.directory.join(CONTAINERS)).unwrap();
+        fs::write(&address.socket, "").unwrap();
+        let Life::Gone(lock) = life(&address.directory).unwrap() else { panic!("nobody lives there") };
+        abandon(&address);
+        assert!(address.directory.exists() && address.socket.exists());
+        drop(lock);
+        abandon(&address);
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+        // Nor does it make anything.
+        abandon(&address);
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
     }
 
     #[test]

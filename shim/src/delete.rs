@@ -61,18 +61,19 @@ pub(crate) fn delete(args: &Args) -> Result<DeleteResponse, DeleteError> {
             oci::read_spec(&bundle).map_or_else(|_| args.id.clone(), |spec| oci::group(&spec, &args.id));
         Address::of(&args.address, &args.namespace, &group, None)
     });
-    let mut pid = None;
-    if address.directory.exists() {
-        let cleaned = clean(&address, &args.id)?;
-        pid = cleaned.pid;
-        if cleaned.shim_is_gone {
-            remove_cgroup(&bundle);
-        }
+    let cleaned = if address.directory.exists() {
+        clean(&address, &args.id)?
+    } else {
+        Cleaned { pid: None, shim_is_gone: true }
+    };
+    if cleaned.shim_is_gone {
+        // A shim that has ended by itself may have had no time for it.
+        remove_cgroup(&bundle);
     }
     // Bulkhead mounts nothing there; whoever did is not to be hindered by it.
     let _ = unmount(bundle.join("rootfs"), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
     Ok(DeleteResponse {
-        pid: pid.unwrap_or(0),
+        pid: cleaned.pid.unwrap_or(0),
         exit_status: KILLED,
         exited_at: MessageField::some(SystemTime::now().into()),
         ..Default::default()

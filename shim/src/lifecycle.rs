@@ -4,14 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use bulkhead_protocol::limits::is_valid_id;
+use bulkhead_protocol::limits::{CREATE_TIMEOUT_S, is_valid_id};
 use bulkhead_sandbox::agent::{AgentError, Code, ProcessId, messages};
 use containerd_shim_protos::events::task::{
     TaskDelete, TaskExecAdded, TaskExecStarted, TaskPaused, TaskResumed, TaskStart,
 };
 use protobuf::MessageField;
 use rustix::process::Signal;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::attend::{self, DRAIN_TIMEOUT};
 use crate::errors::TaskError;
@@ -24,6 +24,12 @@ use crate::task::{Exec, Task};
 /// How long the guest may take to deliver a SIGKILL before its machine is ended in its place: with the machine's own end, kill is
 /// answered within five seconds.
 const KILL_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long a container may live on that the guest has sent a SIGKILL: its last writes to a slow disk are waited for.
+const DEATH_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long a signal waits for the start of the exec that it is for: until then the guest does not know the process.
+const STARTING_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a start may take, with the CPUs that the container's machine gets first.
+const START_TIMEOUT: Duration = Duration::from_secs(CREATE_TIMEOUT_S);
 /// How long a deletion waits for the guest. containerd gives it five seconds, of which output may take two.
 const RELEASE_TIMEOUT: Duration = Duration::from_millis(2500);
 /// How long a deletion waits for the end of a container that was created and never started.
@@ -58,7 +64,8 @@ impl Shim {
     }
 
     async fn start_init(self: Arc<Self>, task: Arc<Task>, machine: Arc<Machine>) -> Result<u32, TaskError> {
-        match machine.pod().start_container(&task.id).await {
+        let started = timeout(START_TIMEOUT, machine.pod().start_container(&task.id)).await;
+        match started.unwrap_or(Err(AgentError::Timeout(START_TIMEOUT))) {
             Ok(()) => {
                 let pid = machine.pid();
                 self.events.publish(&TaskStart { container_id: task.id.clone(), pid, ..Default::default() });
@@ -169,7 +176,7 @@ impl Shim {
         Ok(())
     }
 
-    /// Sends a signal. SIGKILL arrives, if need be by the end of the machine.
+    /// Sends a signal. SIGKILL arrives, if need be by the end of the machine, even if the client does not wait for that.
     pub(crate) async fn kill(
         &self,
         id: &str,
@@ -177,48 +184,7 @@ impl Shim {
         signal: u32,
         all: bool,
     ) -> Result<(), TaskError> {
-        let task = self.task(id)?;
-        let process = task.process(exec_id)?;
-        if !(1..=SIGNAL_MAX).contains(&signal) {
-            return Err(TaskError::Invalid(format!("the signal {signal}")));
-        }
-        let is_kill = signal == Signal::KILL.as_raw().unsigned_abs();
-        match process.state() {
-            State::Creating if is_kill => {
-                task.kill();
-                // Its machine ends meanwhile, or the guest removes it.
-                let _ = timeout(KILL_TIMEOUT, task.released()).await;
-                return Ok(());
-            }
-            State::Creating => return Err(TaskError::BeingCreated),
-            State::Created if !exec_id.is_empty() => return Err(TaskError::NotStarted),
-            State::Stopped(_) => return Err(TaskError::Finished),
-            _ => {}
-        }
-        let machine = task.machine()?;
-        let sending = async {
-            if all && exec_id.is_empty() {
-                machine.agent().signal_all(id, signal).await
-            } else {
-                machine.agent().signal(&process.id, signal).await
-            }
-        };
-        let sent = if is_kill {
-            let in_time = timeout(KILL_TIMEOUT, sending).await;
-            in_time.unwrap_or(Err(AgentError::Timeout(KILL_TIMEOUT)))
-        } else {
-            sending.await
-        };
-        match sent {
-            Ok(()) => Ok(()),
-            Err(error) if error.code() == Some(Code::NOT_FOUND) => Err(TaskError::Finished),
-            Err(error) if is_kill && error.code().is_none() => {
-                tracing::error!(%error, id, "the guest does not take SIGKILL: its machine is ended");
-                machine.end("the guest did not take SIGKILL").await;
-                Ok(())
-            }
-            Err(error) => Err(explain(machine, error.into()).await),
-        }
+        through(kill(self.task(id)?, exec_id.to_owned(), signal, all)).await
     }
 
     /// Freezes a container.
@@ -343,5 +309,71 @@ impl Shim {
         }
         let stopped = timeout(STOP_TIMEOUT, task.init.stopped()).await;
         stopped.map_err(|_| TaskError::Deadline("the container does not end"))
+    }
+}
+
+async fn kill(task: Arc<Task>, exec_id: String, signal: u32, all: bool) -> Result<(), TaskError> {
+    let process = task.process(&exec_id)?;
+    if !(1..=SIGNAL_MAX).contains(&signal) {
+        return Err(TaskError::Invalid(format!("the signal {signal}")));
+    }
+    let is_kill = signal == Signal::KILL.as_raw().unsigned_abs();
+    let deadline = Instant::now() + KILL_TIMEOUT;
+    if !exec_id.is_empty() {
+        let mut state = process.watch();
+        let started = state.wait_for(|state| *state != State::Starting);
+        let _ = timeout(STARTING_TIMEOUT, started).await;
+    }
+    match process.state() {
+        State::Creating if is_kill => {
+            task.kill();
+            // Its machine ends meanwhile, or the guest removes it.
+            let _ = timeout(KILL_TIMEOUT, task.released()).await;
+            return Ok(());
+        }
+        State::Creating => return Err(TaskError::BeingCreated),
+        State::Created if !exec_id.is_empty() => return Err(TaskError::NotStarted),
+        State::Stopped(_) => return Err(TaskError::Finished),
+        _ => {}
+    }
+    let machine = task.machine()?;
+    let sending = async {
+        if all && exec_id.is_empty() {
+            machine.agent().signal_all(&task.id, signal).await
+        } else {
+            machine.agent().signal(&process.id, signal).await
+        }
+    };
+    let sent = if is_kill {
+        let in_time = timeout_at(deadline, sending).await;
+        in_time.unwrap_or(Err(AgentError::Timeout(KILL_TIMEOUT)))
+    } else {
+        sending.await
+    };
+    match sent {
+        Ok(()) => {
+            if is_kill && exec_id.is_empty() {
+                tokio::spawn(see_to_its_end(Arc::clone(&task), Arc::clone(machine)));
+            }
+            Ok(())
+        }
+        Err(error) if error.code() == Some(Code::NOT_FOUND) => match process.state() {
+            State::Starting if !exec_id.is_empty() => Err(TaskError::NotStarted),
+            _ => Err(TaskError::Finished),
+        },
+        Err(error) if is_kill && error.code().is_none() => {
+            tracing::error!(%error, id = task.id, "the guest does not take SIGKILL: its machine is ended");
+            machine.end("the guest did not take SIGKILL").await;
+            Ok(())
+        }
+        Err(error) => Err(explain(machine, error.into()).await),
+    }
+}
+
+/// Ends the machine of a container that SIGKILL has not ended: the guest may have said so without doing it.
+async fn see_to_its_end(task: Arc<Task>, machine: Arc<Machine>) {
+    if timeout(DEATH_TIMEOUT, task.init.stopped()).await.is_err() {
+        tracing::error!(id = task.id, "the container does not end of SIGKILL: its machine is ended");
+        machine.end("the container did not end of SIGKILL").await;
     }
 }

@@ -15,7 +15,8 @@ use tokio::time::timeout;
 
 use crate::record;
 use bulkhead_sandbox::cgroup::SandboxCgroup;
-use bulkhead_sandbox::pod::{NewContainer, Pod, PodConfig, PodError};
+use bulkhead_sandbox::container::NewContainer;
+use bulkhead_sandbox::pod::{Pod, PodConfig, PodError};
 
 /// How long a VMM may take to follow an order to end before it is killed.
 const STOP_TIMEOUT: Duration = Duration::from_millis(500);
@@ -120,17 +121,26 @@ impl Machine {
         }
     }
 
-    /// Waits, in bounds, until the VMM is gone, and removes its cgroup when the file server, which ends with it, is gone as well.
+    /// Waits, in bounds, until the VMM is gone, and removes its cgroup when the file server, which ends with it or is ended, is
+    /// gone as well.
     pub(crate) async fn gone(&self) {
         let vmm = self.vmm.as_ref().and_then(|vmm| vmm.try_clone().ok());
         if let Some(vmm) = vmm.and_then(|vmm| bulkhead_sandbox::watch::watch(vmm, Interest::READABLE).ok()) {
             let _ = timeout(GONE_TIMEOUT, vmm.readable()).await;
         }
-        let Some(cgroup) = self.pod.cgroup().cloned() else { return };
-        let removed = tokio::task::spawn_blocking(move || cgroup.remove(GONE_TIMEOUT)).await;
-        if !removed.unwrap_or(false) {
+        if self.removes_cgroup().await {
+            return;
+        }
+        self.pod.end_file_server();
+        if !self.removes_cgroup().await {
             tracing::warn!("the sandbox's cgroup is not empty: it stays");
         }
+    }
+
+    /// Removes the cgroup, if there is one and it is empty in time.
+    async fn removes_cgroup(&self) -> bool {
+        let Some(cgroup) = self.pod.cgroup().cloned() else { return true };
+        tokio::task::spawn_blocking(move || cgroup.remove(GONE_TIMEOUT)).await.unwrap_or(false)
     }
 
     /// Calls to the guest's agent.

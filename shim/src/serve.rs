@@ -27,6 +27,8 @@ const EVENTS_VARIABLE: &str = "TTRPC_ADDRESS";
 const EVENTS_PAUSE: Duration = Duration::from_secs(1);
 /// How long a shim that ends waits for its last events to be taken.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long a shim that ends waits for threads that wait for the kernel.
+const BLOCKING_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a shim that is terminated waits for the ends of its containers.
 const END_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -35,8 +37,8 @@ pub(crate) fn serve(args: &Args, listener: UnixListener) -> io::Result<()> {
     // One thread: containers are many, and what the shim has to do is little.
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let served = runtime.block_on(run(args, listener));
-    // A write to a slow disk is not waited for.
-    runtime.shutdown_background();
+    // A write to a slow disk is not waited for, only what removes the cgroup of a machine whose making was given up.
+    runtime.shutdown_timeout(BLOCKING_TIMEOUT);
     served
 }
 

@@ -40,6 +40,16 @@ pub(crate) fn start(args: &Args) -> Result<String, StartError> {
     let bundle = std::env::current_dir().map_err(StartError::Directory)?;
     let group = oci::group(&oci::read_spec(&bundle)?, &args.id);
     let address = Address::of(&args.address, &args.namespace, &group, bootstrap.socket_dir.as_deref());
+    let ensured = ensure(args, &group, &bundle, &address, args.debug || bootstrap.debug);
+    if ensured.is_err() {
+        // containerd runs no `delete` after a `start` that has failed.
+        daemon::abandon(&address);
+    }
+    ensured.map(|()| bootstrap::reply(bootstrap.version, &address.url()))
+}
+
+/// Starts the shim of a group, unless it serves already.
+fn ensure(args: &Args, group: &str, bundle: &Path, address: &Address, debug: bool) -> Result<(), StartError> {
     // Two that start for one pod at a time must not take each other's socket for one that was left behind.
     let _turn = loop {
         address.prepare()?;
@@ -49,14 +59,13 @@ pub(crate) fn start(args: &Args) -> Result<String, StartError> {
         }
     };
     // Before there is a shim that nobody would hear of if this failed.
-    address.write(&bundle)?;
-    if let Some(listener) =
-        listen(&address.socket).map_err(|e| StartError::Listen(address.socket.clone(), e))?
-    {
-        address.restrict().map_err(|e| StartError::Listen(address.socket.clone(), e))?;
-        daemon::spawn(args, &group, &bundle, &address.directory, listener, args.debug || bootstrap.debug)?;
+    address.write(bundle)?;
+    let failed = |error| StartError::Listen(address.socket.clone(), error);
+    if let Some(listener) = listen(&address.socket).map_err(failed)? {
+        address.restrict().map_err(failed)?;
+        daemon::spawn(args, group, bundle, &address.directory, listener, debug)?;
     }
-    Ok(bootstrap::reply(bootstrap.version, &address.url()))
+    Ok(())
 }
 
 /// A socket to listen on; nothing when somebody listens there already.

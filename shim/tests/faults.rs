@@ -150,6 +150,61 @@ async fn a_guest_that_does_not_take_a_sigkill_is_ended() {
 }
 
 #[tokio::test]
+async fn a_kill_that_nobody_waits_for_ends_the_container_all_the_same() {
+    let host = Host::new().await;
+    let shim = host.created("web", &["/bin/sleep", "600"], &["FAKE_DEAF=1"]).await;
+    shim.start("").await.unwrap();
+    let request = api::KillRequest { id: "web".into(), signal: SIGKILL, ..Default::default() };
+    let patience = ttrpc::context::with_duration(std::time::Duration::from_millis(300));
+    assert!(shim.client.kill(patience, &request).await.is_err());
+    assert_eq!(shim.wait("").await.unwrap(), 137);
+    shim.finish(&host).await;
+}
+
+#[tokio::test]
+async fn a_guest_that_only_says_that_it_kills_is_ended() {
+    let host = Host::new().await;
+    let shim = host.created("web", &["/bin/sleep", "600"], &["FAKE_IMMORTAL=1"]).await;
+    shim.start("").await.unwrap();
+    shim.kill("", SIGKILL).await.unwrap();
+    assert_eq!(shim.wait("").await.unwrap(), 137);
+    shim.finish(&host).await;
+}
+
+#[tokio::test]
+async fn a_signal_for_an_exec_that_does_not_start_is_not_taken_for_one_that_has_ended() {
+    let host = Host::new().await;
+    let shim = host.running("web", &["/bin/sleep", "600"]).await;
+    shim.exec(&shim.exec_request("e", &["fake:hang"])).await.unwrap();
+    let client = support::connect(&shim.address).await;
+    let start = api::StartRequest { id: "web".into(), exec_id: "e".into(), ..Default::default() };
+    let starting = tokio::spawn(async move { support::answer(client.start(support::ctx(), &start).await) });
+    for _ in 0..2 {
+        // The first one may come before the start.
+        assert_eq!(shim.kill("e", SIGKILL).await.unwrap_err().0, Code::FAILED_PRECONDITION);
+    }
+    // The container has not suffered, and does not wait for it.
+    assert_eq!(shim.status("").await, Status::RUNNING);
+    shim.kill("", SIGKILL).await.unwrap();
+    assert_eq!(shim.wait("").await.unwrap(), 137);
+    starting.await.unwrap().unwrap_err();
+    shim.finish(&host).await;
+}
+
+#[tokio::test]
+async fn a_guest_that_runs_out_of_memory_without_end_does_not_flood_containerd() {
+    let host = Host::new().await;
+    let shim = host.created("web", &["/bin/sleep", "1"], &["FAKE_OOM_FLOOD=1"]).await;
+    shim.start("").await.unwrap();
+    assert_eq!(shim.wait("").await.unwrap(), 0);
+    let told = host.events.until("exit web 0").await;
+    let count = told.iter().filter(|line| *line == "oom web").count();
+    // One a second, and a busy machine may take its time for a sleep of one second.
+    assert!((1..60).contains(&count), "{count}");
+    shim.finish(&host).await;
+}
+
+#[tokio::test]
 async fn what_is_wrong_with_the_host_or_the_bundle_is_told_by_create() {
     let host = Host::new().await;
     let bundle = host.bundle("web", &["/bin/true"], &[], &json!({}));

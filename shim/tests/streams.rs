@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "../../sandbox/tests/support/executable.rs"]
+mod executable;
 mod support;
 
 use std::fs::{self, File};
@@ -206,11 +208,8 @@ async fn files_and_loggers_take_both_streams() {
 
     let logger = host.path("logger");
     let kept = host.path("kept");
-    // Not written by this process: a child that another test forks meanwhile would hold it open, "text file busy".
-    let content = "#!/bin/sh\nexec 5>&-\ntrap '' TERM\n{ echo $CONTAINER_NAMESPACE $CONTAINER_ID; cat <&3; cat <&4; } >$2.new\nmv $2.new $2\n";
-    let write = r#"printf %s "$0" >"$1" && chmod 755 "$1""#;
-    let written = std::process::Command::new("sh").args(["-c", write, content]).arg(&logger).status();
-    assert!(written.unwrap().success());
+    let script_of_logger = "exec 5>&-\ntrap '' TERM\n{ echo $CONTAINER_NAMESPACE $CONTAINER_ID; cat <&3; cat <&4; } >$2.new\nmv $2.new $2";
+    executable::script(&logger, script_of_logger);
     let uri = format!("binary://{}?to={}", logger.display(), kept.display());
     let shim = running(&host, &["/bin/sh", "-c", script], |request| request.stdout = uri).await;
     assert_eq!(shim.wait("").await.unwrap(), 0);

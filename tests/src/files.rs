@@ -4,6 +4,7 @@ use std::fs::{create_dir, write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::bulkhead::eventually;
 use crate::vm::{Result, artifact, ensure};
 
 /// Runs a program of the host that must succeed.
@@ -31,28 +32,43 @@ fn is_gzip(path: &Path) -> bool {
     std::fs::read(path).is_ok_and(|bytes| bytes.starts_with(&[0x1f, 0x8b]))
 }
 
-/// A tmpfs of its own, without devices, unmounted in the end.
-pub struct Tmpfs(tempfile::TempDir);
+/// A tmpfs, without devices, unmounted in the end.
+pub struct Tmpfs {
+    path: PathBuf,
+    /// Where it is mounted, if that is a place of its own.
+    _own: Option<tempfile::TempDir>,
+}
 
 impl Tmpfs {
     /// Mounts one of so many bytes.
     pub fn new(bytes: u32) -> Result<Self> {
-        let directory = tempfile::tempdir()?;
-        let options = format!("size={bytes},nodev,mode=700");
-        tool(Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(directory.path()))?;
-        Ok(Self(directory))
+        let own = tempfile::tempdir()?;
+        let path = own.path().to_owned();
+        Self::mount(path, Some(own), &format!("size={bytes},mode=700"))
+    }
+
+    /// Mounts one over a directory, with these options.
+    pub fn over(path: &Path, options: &str) -> Result<Self> {
+        Self::mount(path.to_owned(), None, options)
+    }
+
+    fn mount(path: PathBuf, own: Option<tempfile::TempDir>, options: &str) -> Result<Self> {
+        let options = format!("nodev,{options}");
+        tool(Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(&path))?;
+        Ok(Self { path, _own: own })
     }
 
     /// Where it is.
     pub fn path(&self) -> &Path {
-        self.0.path()
+        &self.path
     }
 }
 
 impl Drop for Tmpfs {
     fn drop(&mut self) {
-        // What is still mounted is found by the check for residue.
-        let _ = Command::new("umount").arg(self.0.path()).status();
+        // Who used it may be about to end. What is still mounted then is found by the check for residue.
+        let unmount = || Ok(Command::new("umount").arg("-q").arg(&self.path).status()?.success());
+        let _ = eventually("it is unmounted", unmount);
     }
 }
 
@@ -70,6 +86,12 @@ pub fn share() -> Result<tempfile::TempDir> {
         std::os::unix::fs::symlink(artifact("share/bulkhead").join(name), directory.path().join(name))?;
     }
     Ok(directory)
+}
+
+/// An agent that can be told to fail.
+#[must_use]
+pub fn faulty_agent() -> PathBuf {
+    artifact("libexec/bulkhead-tests/bulkhead-agent-faulty")
 }
 
 /// Puts the first half of what a link leads to in the place of the link.

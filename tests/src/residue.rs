@@ -1,4 +1,4 @@
-//! What a test may leave behind, which is nothing: processes, mounts, leased uids, files of containers and of imports.
+//! What a test may leave behind, which is nothing: processes, mounts, cgroups, leased uids, files of containers and of imports.
 
 use std::collections::BTreeSet;
 use std::fs::{File, read_dir, read_to_string};
@@ -39,11 +39,16 @@ impl Before {
         left.extend(mounts()?.difference(&self.mounts).map(|mount| format!("mount {mount}")));
         let (run, data) = (run_directory(), data_directory());
         left.extend(
-            entries(&run)?.into_iter().filter(|name| ![".lock", ".uids", ".empty"].contains(&&**name)),
+            entries(&run)?
+                .into_iter()
+                .filter(|name| ![".cgroups", ".empty", ".lock", ".uids"].contains(&&**name)),
         );
-        for directory in [run.join(".empty"), data.join("containers"), data.join("images/work")] {
+        let directories =
+            [run.join(".cgroups"), run.join(".empty"), data.join("containers"), data.join("images/work")];
+        for directory in directories {
             left.extend(entries(&directory)?.iter().map(|name| format!("{}/{name}", directory.display())));
         }
+        left.extend(subdirectories(Path::new(CGROUPS))?.into_iter().map(|name| format!("{CGROUPS}/{name}")));
         for uid in entries(&run.join(".uids"))? {
             let lock = File::open(run.join(".uids").join(&uid))?;
             if Flock::lock(lock, FlockArg::LockExclusiveNonblock).is_err() {
@@ -71,8 +76,18 @@ pub fn entries(directory: &Path) -> Result<Vec<String>> {
     }
 }
 
-/// Launchers and VMMs.
-const OWN: [&str; 2] = ["bulkhead", "bulkhead-vmm"];
+/// The directories in a directory, none if it is not there.
+fn subdirectories(directory: &Path) -> Result<Vec<String>> {
+    let mut names = entries(directory)?;
+    names.retain(|name| directory.join(name).is_dir());
+    Ok(names)
+}
+
+/// Where `bulkhead run` makes its cgroups.
+const CGROUPS: &str = "/sys/fs/cgroup/bulkhead";
+
+/// Launchers, VMMs and file servers.
+const OWN: [&str; 3] = ["bulkhead", "bulkhead-fs", "bulkhead-vmm"];
 
 /// The processes of these names that have not ended.
 pub(crate) fn processes(names: &[&str]) -> Result<BTreeSet<u32>> {

@@ -135,7 +135,7 @@ impl Vm {
         let kvm = kvm()?;
         let console = vm.console.try_clone()?;
         let request = Request::Boot(Boot {
-            host: Host { kvm: Fd(0), console: Fd(1), status_port: status::PORT, cgroup: None },
+            host: Host { kvm: Fd(0), console: Fd(1), status_port: status::PORT },
             memory_mib: plan.memory_mib,
             vcpus: plan.vcpus,
             vcpus_max: plan.vcpus_max,
@@ -164,7 +164,7 @@ impl Vm {
         let kvm = kvm()?;
         let console = vm.console.try_clone()?;
         let request = Request::Restore(Restore {
-            host: Host { kvm: Fd(0), console: Fd(1), status_port: status::PORT, cgroup: None },
+            host: Host { kvm: Fd(0), console: Fd(1), status_port: status::PORT },
             file: Fd(2),
             devices: devices(Fd(3), Fd(4)),
         });

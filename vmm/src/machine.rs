@@ -4,7 +4,6 @@
 //! ioeventfds. On Linux 6.18 a memory slot that comes after any of those waits 7 to 10 ms for a grace period.
 
 use std::fs::File;
-use std::io::Write as _;
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{CpuId, KVM_MEM_READONLY, kvm_userspace_memory_region};
@@ -48,9 +47,6 @@ pub enum MachineError {
     /// The console's memfd is not usable.
     #[error("cannot use the console file")]
     Console(#[source] std::io::Error),
-    /// The process cannot go into its cgroup.
-    #[error("cannot enter the sandbox's cgroup")]
-    Cgroup(#[source] std::io::Error),
     /// The host is out of something.
     #[error("cannot set up the machine's descriptors and threads")]
     Host(#[from] std::io::Error),
@@ -218,9 +214,6 @@ impl Machine {
     ) -> Result<Parts, MachineError> {
         let kvm_fd = fds.take_kvm(host.kvm)?;
         let vm = kvm("KVM_CREATE_VM", kvm_fd.create_vm())?;
-        if let Some(cgroup) = host.cgroup {
-            File::from(fds.take(cgroup)?).write_all(b"0").map_err(MachineError::Cgroup)?;
-        }
         let memory = Arc::new(memory);
         let registers = Arc::new(RegisterPages::new().map_err(MachineError::Registers)?);
         set_memory_slots(&vm, &memory, &registers)?;

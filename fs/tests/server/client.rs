@@ -102,6 +102,18 @@ impl Server {
         self.child.id()
     }
 
+    /// The VMM's end of its requests, for a device of the VMM's.
+    pub(crate) fn requests(&self) -> OwnedFd {
+        self.requests.try_clone().unwrap()
+    }
+
+    /// Bytes of memory that it has.
+    pub(crate) fn resident(&self) -> usize {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() << 10
+    }
+
     /// Shares a detached mount of a directory or file.
     pub(crate) fn share(&mut self, name: &str, path: &Path, kind: ShareKind, read_only: bool) {
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;

@@ -5,7 +5,9 @@
 
 mod client;
 mod directories;
+mod guest;
 mod hostile;
 mod life;
 mod owners;
+mod ring;
 mod shares;

@@ -355,15 +355,16 @@ impl Agent for Service {
     }
 
     async fn watch_oom(&self, _: &TtrpcContext, request: WatchOomRequest) -> ttrpc::Result<WatchOomResponse> {
-        let ran_out = {
+        let (ran_out, floods) = {
             let processes = self.processes.lock().unwrap();
             let init = processes.get(&(request.container_id, String::new()));
-            init.is_some_and(|init| init.is_told("FAKE_OOM="))
+            let is_told = |variable| init.is_some_and(|init| init.is_told(variable));
+            (is_told("FAKE_OOM="), is_told("FAKE_OOM_FLOOD="))
         };
-        if !ran_out || request.kills > 0 {
+        if !floods && (!ran_out || request.kills > 0) {
             std::future::pending::<()>().await;
         }
-        Ok(WatchOomResponse { kills: 1, ..Default::default() })
+        Ok(WatchOomResponse { kills: request.kills + 1, ..Default::default() })
     }
 
     async fn online_cpus(
@@ -405,6 +406,9 @@ impl Agent for Service {
         request: ExecProcessRequest,
     ) -> ttrpc::Result<ExecProcessResponse> {
         let key = (request.container_id, request.exec_id);
+        if String::from_utf8_lossy(&request.process).contains("fake:hang") {
+            std::future::pending::<()>().await;
+        }
         self.make(key.clone(), &request.process, &request.stdio)?;
         self.start(&key)?;
         Ok(ExecProcessResponse::default())

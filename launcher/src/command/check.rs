@@ -174,7 +174,7 @@ fn cgroup_line() -> Line {
         Ok(_) | Err(_) => warning(
             "cgroup v2",
             "not mounted on /sys/fs/cgroup",
-            "boot with systemd.unified_cgroup_hierarchy=1: limits on the host for whole sandboxes will need it",
+            "boot with systemd.unified_cgroup_hierarchy=1: without it nothing limits on the host what a sandbox takes",
         ),
     }
 }
@@ -197,8 +197,13 @@ fn artifact_lines(artifacts: &Artifacts) -> Vec<Line> {
     });
     let image = artifacts.open_guest_image().map_err(Failure::from);
     let image = image.and_then(|file| Ok(format!("{}, {}", size(&file)?, artifacts.guest_image.display())));
-    [("VMM", vmm_version(&artifacts.vmm)), ("guest kernel", kernel), ("guest image", image)]
+    let programs = [
+        ("VMM", program_version("bulkhead-vmm", &artifacts.vmm)),
+        ("file server", program_version("bulkhead-fs", &artifacts.file_server)),
+    ];
+    programs
         .into_iter()
+        .chain([("guest kernel", kernel), ("guest image", image)])
         .map(|(what, result)| match result {
             Ok(found) => ok(what, found),
             Err(error) => failure(what, error.to_string(), "install Bulkhead completely: make install"),
@@ -210,17 +215,17 @@ fn size(file: &File) -> io::Result<Size> {
     Ok(Size(file.metadata()?.len()))
 }
 
-fn vmm_version(path: &Path) -> Result<String, Failure> {
-    let expected = format!("bulkhead-vmm {}", env!("CARGO_PKG_VERSION"));
-    let said = vmm_says(path)?;
+fn program_version(name: &str, path: &Path) -> Result<String, Failure> {
+    let expected = format!("{name} {}", env!("CARGO_PKG_VERSION"));
+    let said = program_says(path)?;
     if said == expected {
         return Ok(format!("{expected}, {}", path.display()));
     }
     Err(Failure::new(format!("{} is {said:?}, but this program needs {expected:?}", path.display())))
 }
 
-/// The VMM's own words about its version.
-pub(super) fn vmm_says(path: &Path) -> Result<String, Failure> {
+/// A program's own words about its version.
+pub(super) fn program_says(path: &Path) -> Result<String, Failure> {
     let context = format!("cannot run {}", path.display());
     let output =
         Command::new(path).arg("--version").output().map_err(|e| Failure::from(e).context(&context))?;

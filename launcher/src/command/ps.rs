@@ -84,8 +84,8 @@ fn text(rows: &[Row<'_>], now_ns: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::container::record::new_record;
     use crate::container::record::{Record, Running};
-    use crate::container::registry::new_record;
 
     #[test]
     fn a_line_says_what_a_container_is_and_does() {

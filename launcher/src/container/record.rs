@@ -10,6 +10,7 @@ use oci_spec::runtime::Process;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::name;
 use crate::failure::Failure;
 
 /// Name of a [`Record`]'s file in the data directory.
@@ -89,4 +90,24 @@ pub(crate) fn read<T: DeserializeOwned>(directory: &Path, name: &str) -> Result<
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(Failure::from(e).context(&context())),
     }
+}
+
+/// A record for a new container.
+pub(crate) fn new_record(wanted_name: Option<&str>) -> Result<Record, Failure> {
+    if let Some(wanted) = wanted_name {
+        name::check(wanted)?;
+    }
+    let (id, generated) = name::generate()?;
+    Ok(Record {
+        id,
+        name: wanted_name.map_or(generated, str::to_owned),
+        image: String::new(),
+        command: Vec::new(),
+        created_at_ns: now_ns(),
+        auto_remove: false,
+        stop_signal: 15,
+        process: oci_spec::runtime::Process::default(),
+        user: String::new(),
+        outcome: None,
+    })
 }

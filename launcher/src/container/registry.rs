@@ -2,22 +2,22 @@
 //! directory that nobody has locked belongs to a launcher that was killed.
 
 use std::fs::{self, File};
-use std::io;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use bulkhead_sandbox::paths::{Paths, private_directory};
+use bulkhead_sandbox::pod;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, getpid, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::name;
+use super::claim::Claim;
+use super::files::{LOCK_FILE, is_locked, lock_file, remove_directory, remove_disks, subdirectories};
 use super::record::{self, Outcome, RECORD_FILE, RUNNING_FILE, Record, Running};
+use super::{cgroups, name};
 use crate::failure::Failure;
 use crate::message;
 
-/// Name of the lock in a run directory, and of the one for the whole registry.
-const LOCK_FILE: &str = ".lock";
 /// The exit code of a container whose launcher was killed: that of a SIGKILL.
 const EXIT_KILLED: u8 = 137;
 
@@ -45,22 +45,11 @@ pub(crate) struct Container {
     pub(crate) state: State,
 }
 
-/// The right to run a container, held by its launcher. When the launcher ends without [`finish`](Self::finish), whoever
-/// comes next cleans up.
-#[derive(Debug)]
-pub(crate) struct Claim {
-    /// The data directory.
-    pub(crate) data: PathBuf,
-    /// The run directory.
-    pub(crate) run: PathBuf,
-    registry: Registry,
-    _lock: File,
-}
-
 impl Registry {
     /// The registry, its directories made if need be.
     pub(crate) fn open(paths: &Paths) -> Result<Self, Failure> {
-        for directory in [&paths.data, &paths.run, &paths.data.join("containers")] {
+        let (containers, notes) = (paths.data.join("containers"), paths.run.join(cgroups::DIRECTORY));
+        for directory in [&paths.data, &paths.run, &containers, &notes] {
             private_directory(directory)?;
         }
         Ok(Self { paths: paths.clone() })
@@ -79,12 +68,12 @@ impl Registry {
                 )));
             }
         }
-        let (data, run) = (self.paths.container_data(&record.id), self.paths.container_run(&record.id));
+        let run = self.run_directory(&record.id);
         private_directory(&run)?;
         let lock = lock_file(&run)?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
-        private_directory(&data)?;
-        let claim = Claim { data, run, registry: self.clone(), _lock: lock };
+        private_directory(&self.data_directory(&record.id))?;
+        let claim = Claim::new(self, &record.id, lock);
         claim.running(None)?;
         record::write(&claim.data, RECORD_FILE, record)?;
         Ok(claim)
@@ -178,13 +167,17 @@ impl Registry {
 
     /// Where connections to a running container's guest are made.
     pub(crate) fn socket(&self, id: &str) -> PathBuf {
-        self.paths.container_run(id).join(SOCKET_FILE)
+        self.paths.container_run(id).join(pod::SOCKET_FILE)
     }
 
     /// The run directory of a container.
-    #[cfg(test)]
-    fn run_directory(&self, id: &str) -> PathBuf {
+    pub(super) fn run_directory(&self, id: &str) -> PathBuf {
         self.paths.container_run(id)
+    }
+
+    /// What stands for the host's cgroup of a container.
+    pub(super) fn cgroup_note(&self, id: &str) -> PathBuf {
+        cgroups::note(&self.paths.run, id)
     }
 
     /// The data directory of a container.
@@ -193,7 +186,7 @@ impl Registry {
     }
 
     /// Nobody else makes or finds containers while the result lives.
-    fn lock(&self) -> Result<File, Failure> {
+    pub(super) fn lock(&self) -> Result<File, Failure> {
         let lock = lock_file(&self.paths.run)?;
         flock(&lock, FlockOperation::LockExclusive)?;
         Ok(lock)
@@ -218,8 +211,9 @@ impl Registry {
                 Ok(None) | Err(_) => remove_directory(&data)?,
             }
             remove_directory(&run)?;
+            cgroups::bury(&self.cgroup_note(id));
         }
-        Ok(())
+        cgroups::sweep(&self.paths.run)
     }
 
     /// Writes down that a container's launcher was killed, or forgets the container if nothing was to be kept of it.
@@ -252,99 +246,6 @@ impl Registry {
     }
 }
 
-impl Claim {
-    /// The scratch disk's place.
-    pub(crate) fn scratch(&self) -> PathBuf {
-        self.data.join(SCRATCH_FILE)
-    }
-
-    /// The place of the root that was packed from a directory.
-    pub(crate) fn packed_root(&self) -> PathBuf {
-        self.data.join(PACKED_FILE)
-    }
-
-    /// Where connections to the guest are made.
-    pub(crate) fn socket(&self) -> PathBuf {
-        self.run.join(SOCKET_FILE)
-    }
-
-    /// Writes down who runs the container: this process, and the VMM if there is one already.
-    pub(crate) fn running(&self, vmm_pid: Option<u32>) -> Result<(), Failure> {
-        let supervisor_pid = getpid().as_raw_nonzero().get();
-        record::write(&self.run, RUNNING_FILE, &Running { supervisor_pid, vmm_pid })
-    }
-
-    /// Writes down how the container ended, or removes what there is of it if `outcome` is `None`.
-    pub(crate) fn finish(self, record: &Record, outcome: Option<Outcome>) -> Result<(), Failure> {
-        // Nobody sees the one without the other.
-        let _lock = self.registry.lock()?;
-        if outcome.is_none() {
-            remove_directory(&self.data)?;
-        } else {
-            remove_disks(&self.data)?;
-            record::write(&self.data, RECORD_FILE, &Record { outcome, ..record.clone() })?;
-        }
-        remove_directory(&self.run)
-    }
-}
-
-const SCRATCH_FILE: &str = "scratch.ext4";
-const PACKED_FILE: &str = "root.erofs";
-const SOCKET_FILE: &str = "vsock";
-
-/// Removes the disks of a container that has ended.
-fn remove_disks(data: &Path) -> Result<(), Failure> {
-    for name in [SCRATCH_FILE, PACKED_FILE] {
-        match fs::remove_file(data.join(name)) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                return Err(Failure::from(e).context(&format!("cannot remove {}", data.join(name).display())));
-            }
-            Ok(()) | Err(_) => {}
-        }
-    }
-    Ok(())
-}
-
-fn remove_directory(path: &Path) -> Result<(), Failure> {
-    match fs::remove_dir_all(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => {
-            Err(Failure::from(e).context(&format!("cannot remove {}", path.display())))
-        }
-        Ok(()) | Err(_) => Ok(()),
-    }
-}
-
-fn subdirectories(path: &Path) -> Result<Vec<PathBuf>, Failure> {
-    let failed = |e| Failure::from(e).context(&format!("cannot list {}", path.display()));
-    let mut found = Vec::new();
-    for entry in fs::read_dir(path).map_err(failed)? {
-        let entry = entry.map_err(failed)?;
-        if entry.file_type().map_err(failed)?.is_dir() {
-            found.push(entry.path());
-        }
-    }
-    Ok(found)
-}
-
-fn lock_file(directory: &Path) -> Result<File, Failure> {
-    let path = directory.join(LOCK_FILE);
-    let file = File::options().read(true).write(true).create(true).truncate(false).open(&path);
-    file.map_err(|e| Failure::from(e).context(&format!("cannot open the lock {}", path.display())))
-}
-
-fn is_locked(directory: &Path) -> Result<bool, Failure> {
-    let lock = match File::open(directory.join(LOCK_FILE)) {
-        Ok(lock) => lock,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
-        Err(e) => return Err(Failure::from(e).context("cannot tell whether a container runs")),
-    };
-    match flock(&lock, FlockOperation::NonBlockingLockShared) {
-        Ok(()) => Ok(false),
-        Err(Errno::WOULDBLOCK) => Ok(true),
-        Err(errno) => Err(Failure::from(errno).context("cannot tell whether a container runs")),
-    }
-}
-
 /// A handle on a process; `None` when there is none of this number.
 fn open_process(pid: i32) -> Result<Option<OwnedFd>, Failure> {
     let Some(pid) = Pid::from_raw(pid) else { return Ok(None) };
@@ -361,28 +262,10 @@ fn parent(pid: i32) -> Option<i32> {
     status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
 }
 
-/// A record for a new container.
-pub(crate) fn new_record(wanted_name: Option<&str>) -> Result<Record, Failure> {
-    if let Some(wanted) = wanted_name {
-        name::check(wanted)?;
-    }
-    let (id, generated) = name::generate()?;
-    Ok(Record {
-        id,
-        name: wanted_name.map_or(generated, str::to_owned),
-        image: String::new(),
-        command: Vec::new(),
-        created_at_ns: record::now_ns(),
-        auto_remove: false,
-        stop_signal: 15,
-        process: oci_spec::runtime::Process::default(),
-        user: String::new(),
-        outcome: None,
-    })
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::files::SCRATCH_FILE;
+    use super::super::record::new_record;
     use super::*;
 
     fn registry() -> (tempfile::TempDir, Registry) {

@@ -4,43 +4,37 @@ use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::limits::HOSTNAME_MAX;
 use bulkhead_sandbox::artifacts::Artifacts;
-use bulkhead_sandbox::config::{Config, Defaults, Uids};
+use bulkhead_sandbox::config::Config;
+use bulkhead_sandbox::oci::{self, Network, SpecError};
 use bulkhead_sandbox::paths::Paths;
 use bulkhead_sandbox::size::Size;
-use bulkhead_sandbox::sizing::host_cpus;
+use bulkhead_sandbox::sizing::{Asked, Host, MachineSize, machine_size};
 use bulkhead_sandbox::storage::SCRATCH_MIN;
-use bulkhead_vmm::arch::layout::VCPUS_MAX;
-use bulkhead_vmm::memory::MEMORY_MIN_MIB;
-use rustix::system::sysinfo;
+use oci_spec::runtime::Spec;
+use rustix::process::geteuid;
 
 use super::root::Root;
 use crate::cli::{RunArgs, TimingsFormat};
-use crate::container::record::Record;
-use crate::container::registry::new_record;
+use crate::container::record::{Record, new_record};
 use crate::failure::Failure;
 use crate::message;
 use crate::spec::build::{ImageDefaults, process, spec};
-use crate::spec::bundle::Bundle;
 
 /// A container that can be made.
 #[derive(Debug)]
 pub(crate) struct Request {
     /// Where containers are kept.
     pub(crate) paths: Paths,
+    /// The configuration of this host.
+    pub(crate) config: Config,
     /// What the machine is started from.
     pub(crate) artifacts: Artifacts,
-    /// KVM's device.
-    pub(crate) kvm: PathBuf,
-    /// Whom its VMM may run as.
-    pub(crate) uids: Uids,
-    /// The machine.
-    pub(crate) machine: Machine,
-    /// What its root is made of.
-    pub(crate) root: Root,
+    /// How large the machine is.
+    pub(crate) size: MachineSize,
+    /// What is run in it.
+    pub(crate) workload: Workload,
     /// Size of its scratch disk; without one, it writes to memory.
     pub(crate) storage: Option<Size>,
-    /// Its `config.json`.
-    pub(crate) spec: Vec<u8>,
     /// What is written down of it.
     pub(crate) record: Record,
     /// Its name was wanted, and must not be another's.
@@ -53,13 +47,17 @@ pub(crate) struct Request {
     pub(crate) timings: Option<TimingsFormat>,
 }
 
-/// The size of a machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Machine {
-    /// Its memory in MiB.
-    pub(crate) memory_mib: u32,
-    /// Its CPUs.
-    pub(crate) cpus: u8,
+/// What is run, from an image, a root or a bundle.
+#[derive(Debug)]
+pub(crate) struct Workload {
+    /// What its root is made of.
+    pub(crate) root: Root,
+    /// Its configuration.
+    pub(crate) spec: Spec,
+    /// The directory that paths of the configuration begin from.
+    pub(crate) bundle: PathBuf,
+    /// The network namespace of its VMM.
+    pub(crate) network: Network,
 }
 
 impl Request {
@@ -67,31 +65,28 @@ impl Request {
     pub(crate) fn new(args: &RunArgs) -> Result<Self, Failure> {
         let config = Config::from_environment()?;
         let paths = Paths::from_environment();
-        let machine = Machine::new(args.cpus, args.memory, config.defaults, &Host::examine())?;
         if let Some(size) = args.storage.filter(|size| *size < SCRATCH_MIN) {
             return Err(Failure::new(format!("--storage {size}: give at least {SCRATCH_MIN}")));
         }
         let mut record = new_record(args.name.as_deref())?;
         record.auto_remove = args.remove;
-        let (root, spec) = if let Some(directory) = &args.bundle {
+        let workload = if let Some(directory) = &args.bundle {
             from_bundle(args, directory, &mut record)?
         } else {
             from_image(args, &paths, &mut record)?
         };
-        if args.storage.is_some() && matches!(root, Root::Ext4(_)) {
+        if args.storage.is_some() && matches!(workload.root, Root::Ext4(_)) {
             return Err(Failure::new(
                 "--storage does not go with an ext4 image, whose copy is written to: leave it out",
             ));
         }
         Ok(Self {
+            size: size(args, &workload.spec, &config)?,
             artifacts: Artifacts::locate(&config.paths)?,
-            kvm: config.paths.kvm,
-            uids: config.uids,
+            config,
             paths,
-            machine,
-            root,
+            workload,
             storage: args.storage,
-            spec,
             named: args.name.is_some(),
             terminal: record.process.terminal().unwrap_or(false),
             record,
@@ -106,7 +101,19 @@ impl Request {
     }
 }
 
-fn from_image(args: &RunArgs, paths: &Paths, record: &mut Record) -> Result<(Root, Vec<u8>), Failure> {
+fn size(args: &RunArgs, spec: &Spec, config: &Config) -> Result<MachineSize, Failure> {
+    let host = Host::examine();
+    let size = machine_size(spec, config, Asked { memory: args.memory, cpus: args.cpus }, host)?;
+    if size.cpus > host.cpus {
+        message::warn(&format!(
+            "{} CPUs are more than the {} of this host: they will share them",
+            size.cpus, host.cpus
+        ));
+    }
+    Ok(size)
+}
+
+fn from_image(args: &RunArgs, paths: &Paths, record: &mut Record) -> Result<Workload, Failure> {
     let mut words = &args.words[..];
     let (root, defaults) = if let Some(path) = &args.rootfs {
         record.image = path.display().to_string();
@@ -124,6 +131,9 @@ fn from_image(args: &RunArgs, paths: &Paths, record: &mut Record) -> Result<(Roo
     {
         words = rest;
     }
+    if !(args.volume.is_empty() && args.mount.is_empty()) {
+        require_root()?;
+    }
     let hostname = args.hostname.as_deref().unwrap_or(&record.id);
     check_hostname(hostname)?;
     record.command = defaults.command(words)?;
@@ -131,21 +141,35 @@ fn from_image(args: &RunArgs, paths: &Paths, record: &mut Record) -> Result<(Roo
     record.user = args.process.user.clone().unwrap_or_else(|| defaults.user.clone());
     record.process = process(args, &defaults, &record.command, hostname)?;
     let spec = spec(args, record.process.clone(), hostname)?;
-    Ok((root, serde_json::to_vec(&spec)?))
+    // Nobody looks for the VMM's network, and to make one takes milliseconds.
+    Ok(Workload { root, spec, bundle: PathBuf::new(), network: Network::Owners })
 }
 
-fn from_bundle(args: &RunArgs, directory: &Path, record: &mut Record) -> Result<(Root, Vec<u8>), Failure> {
+fn from_bundle(args: &RunArgs, directory: &Path, record: &mut Record) -> Result<Workload, Failure> {
     if !args.words.is_empty() {
         return Err(Failure::new("a bundle says itself what to run: leave out the image and the command"));
     }
-    let bundle = Bundle::read(directory)?;
+    let spec = oci::read_spec(directory)?;
     record.image = directory.display().to_string();
-    record.process = bundle.spec.process().clone().unwrap_or_default();
+    record.process = spec.process().clone().ok_or(SpecError::Missing("process"))?;
     if args.process.tty != record.process.terminal().unwrap_or(false) {
         return Err(Failure::new("-t must agree with process.terminal of the bundle's config.json"));
     }
     record.command = record.process.args().clone().unwrap_or_default();
-    Ok((Root::Directory(bundle.root), bundle.json))
+    require_root()?;
+    let network = match oci::network(&spec)? {
+        Network::New => Network::Owners,
+        network => network,
+    };
+    Ok(Workload { root: Root::Bundle, spec, bundle: directory.to_owned(), network })
+}
+
+/// The kernel lets nobody else make a mount of what is shared.
+fn require_root() -> Result<(), Failure> {
+    if geteuid().is_root() {
+        return Ok(());
+    }
+    Err(Failure::new("only root can share files of the host with a container: run this as root"))
 }
 
 fn check_hostname(name: &str) -> Result<(), Failure> {
@@ -158,87 +182,9 @@ fn check_hostname(name: &str) -> Result<(), Failure> {
     )))
 }
 
-/// What bounds a machine.
-#[derive(Debug)]
-struct Host {
-    memory: Size,
-    cpus: u8,
-}
-
-impl Host {
-    fn examine() -> Self {
-        let info = sysinfo();
-        let memory = u64::from(info.mem_unit).saturating_mul(info.totalram);
-        Self { memory: Size(memory), cpus: host_cpus() }
-    }
-}
-
-impl Machine {
-    fn new(
-        cpus: Option<u32>,
-        memory: Option<Size>,
-        defaults: Defaults,
-        host: &Host,
-    ) -> Result<Self, Failure> {
-        // The default is for hosts that have so many.
-        let wanted = cpus.unwrap_or_else(|| u32::from(defaults.cpus).min(host.cpus.into()));
-        let cpus = u8::try_from(wanted).ok().filter(|cpus| (1..=VCPUS_MAX).contains(cpus));
-        let Some(cpus) = cpus else {
-            return Err(Failure::new(format!("--cpus {wanted}: give 1 to {VCPUS_MAX}")));
-        };
-        if cpus > host.cpus {
-            message::warn(&format!(
-                "{cpus} CPUs are more than the {} of this host: they will share them",
-                host.cpus
-            ));
-        }
-        let memory = memory.unwrap_or(defaults.memory);
-        let least = Size(u64::from(MEMORY_MIN_MIB) << 20);
-        if memory < least {
-            return Err(Failure::new(format!("--memory {memory}: a virtual machine needs at least {least}")));
-        }
-        if memory > host.memory {
-            return Err(Failure::new(format!(
-                "--memory {memory}: this host has {} in all; give less",
-                host.memory
-            )));
-        }
-        let memory_mib = u32::try_from(memory.mib_rounded_up())?;
-        Ok(Self { memory_mib, cpus })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const HOST: Host = Host { memory: Size(8 << 30), cpus: 4 };
-
-    fn machine(cpus: Option<u32>, memory: Option<u64>) -> Result<Machine, Failure> {
-        Machine::new(cpus, memory.map(Size), Defaults::default(), &HOST)
-    }
-
-    #[test]
-    fn a_machine_has_the_configured_size_unless_another_is_asked() {
-        assert_eq!(machine(None, None).unwrap(), Machine { memory_mib: 1024, cpus: 2 });
-        let asked = machine(Some(4), Some((512 << 20) + 1)).unwrap();
-        assert_eq!(asked, Machine { memory_mib: 513, cpus: 4 });
-    }
-
-    #[test]
-    fn more_cpus_than_the_host_has_are_allowed_but_neither_none_nor_too_many() {
-        assert_eq!(machine(Some(8), None).unwrap().cpus, 8);
-        for cpus in [0, 33, 256, 257, u32::MAX] {
-            assert!(machine(Some(cpus), None).unwrap_err().to_string().contains("1 to 32"), "{cpus}");
-        }
-    }
-
-    #[test]
-    fn memory_below_the_floor_or_beyond_the_host_is_refused() {
-        assert!(machine(None, Some((64 << 20) - 1)).unwrap_err().to_string().contains("at least 64 MiB"));
-        assert_eq!(machine(None, Some(64 << 20)).unwrap().memory_mib, 64);
-        assert!(machine(None, Some((8 << 30) + 1)).unwrap_err().to_string().contains("8 GiB in all"));
-    }
 
     #[test]
     fn hostnames_that_would_not_be_one_are_refused() {

@@ -1,18 +1,19 @@
-//! What a container's root is made of, and how that becomes disks of its machine.
+//! What a container's root is made of, and what is made of that before its machine is.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use bulkhead_rootfs_builder::directory;
 use bulkhead_rootfs_builder::store::Store;
+use bulkhead_sandbox::container::RootSource;
+use bulkhead_sandbox::handover::{self, Above};
 use bulkhead_sandbox::image_file::{self, Format};
 use bulkhead_sandbox::paths::Paths;
 use bulkhead_sandbox::size::Size;
-use bulkhead_sandbox::slots::Slots;
-use bulkhead_sandbox::storage::{Storage, Upper, make_scratch, plan, plan_ext4};
+use bulkhead_sandbox::storage::make_scratch;
 use rustix::fs::statvfs;
 
-use crate::container::registry::Claim;
+use crate::container::claim::Claim;
 use crate::failure::Failure;
 use crate::progress::Progress;
 use crate::spec::build::ImageDefaults;
@@ -26,6 +27,8 @@ pub(crate) enum Root {
     Directory(PathBuf),
     /// An ext4 image, to be copied.
     Ext4(PathBuf),
+    /// The directory that the bundle's configuration names, to be shared.
+    Bundle,
 }
 
 impl Root {
@@ -49,15 +52,14 @@ impl Root {
         }
     }
 
-    /// Makes the disks. Without a scratch disk, what the container writes takes up to `memory` of its machine.
+    /// Makes what does not exist yet, with a scratch disk of this size if there is to be one.
     pub(crate) async fn prepare(
         &self,
         claim: &Claim,
         scratch: Option<Size>,
-        memory: Size,
-    ) -> Result<Storage, Failure> {
-        let mut slots = Slots::default();
-        let layers = match self {
+    ) -> Result<RootSource<'static>, Failure> {
+        let images = match self {
+            Self::Bundle => return Ok(RootSource::Mounts(&[])),
             Self::Layers(layers) => layers.clone(),
             Self::Directory(directory) => vec![pack(directory, claim).await?],
             Self::Ext4(image) => {
@@ -67,17 +69,15 @@ impl Root {
                     fs::copy(&image, &copy)?;
                     File::options().read(true).write(true).open(&copy)
                 });
-                return Ok(plan_ext4(
-                    &mut slots,
-                    copied.await?.map_err(|e| Failure::from(e).context(&context))?,
-                )?);
+                let disk = copied.await?.map_err(|e| Failure::from(e).context(&context))?;
+                return Ok(RootSource::Opened(handover::Root::Ext4(disk)));
             }
         };
-        let upper = match scratch {
-            Some(size) => Upper::Scratch(make_scratch(&claim.scratch(), size).await?),
-            None => Upper::Tmpfs(memory),
+        let above = match scratch {
+            Some(size) => Above::Disk(make_scratch(&claim.scratch(), size).await?),
+            None => Above::Memory,
         };
-        Ok(plan(&mut slots, &layers, upper)?)
+        Ok(RootSource::Opened(handover::Root::Layers { images, above }))
     }
 }
 

@@ -1,25 +1,21 @@
 //! One container's life: its machine, its process, and what is left in the end, which is nothing but its record and its log.
 
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
-use bulkhead_sandbox::agent::messages::CreateContainerRequest;
-use bulkhead_sandbox::agent::{Agent, AgentError, Code, ProcessId};
-use bulkhead_sandbox::process::Place;
-use bulkhead_sandbox::sandbox::{DEATH_TIMEOUT, Sandbox, SandboxConfig, console_text};
-use bulkhead_sandbox::size::Size;
-use bulkhead_sandbox::storage::Storage;
+use bulkhead_sandbox::agent::{AgentError, Code, ProcessId};
+use bulkhead_sandbox::cgroup::SandboxCgroup;
+use bulkhead_sandbox::container::NewContainer;
+use bulkhead_sandbox::oci;
+use bulkhead_sandbox::pod::{Pod, PodConfig, PodError};
+use bulkhead_sandbox::sandbox::console_text;
 use bulkhead_sandbox::timing::Stamp;
-use bulkhead_sandbox::uid::UidLease;
-use bulkhead_sandbox::vmm::Jail;
-use rustix::process::geteuid;
-use tokio::time::timeout;
 
 use super::detach;
-use super::request::Request;
+use super::request::{Request, Workload};
 use super::timings::Timings;
+use crate::container::claim::Claim;
 use crate::container::record::{Outcome, now_ns};
-use crate::container::registry::{Claim, Registry};
+use crate::container::registry::Registry;
 use crate::failure::{EXIT_FAILURE, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, Failure};
 use crate::log::LogWriter;
 use crate::message;
@@ -28,10 +24,6 @@ use crate::process::attend::{Attended, attend, exit_code};
 use crate::process::signals::Signals;
 use crate::process::terminal::RawTerminal;
 use crate::progress;
-
-/// How long a machine whose agent is gone may take to be known as ended: longer than its VMM may take to be, so that its end is
-/// told, and not only that the agent is gone.
-const END_TIMEOUT: Duration = DEATH_TIMEOUT.saturating_add(Duration::from_secs(5));
 
 /// Where a container's life takes place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +46,7 @@ pub(crate) async fn supervise(request: Request, mode: Mode, started: Stamp) -> R
     let mut signals = Signals::forwarded()?;
     let claim = Registry::open(&request.paths)?.create(&request.record, request.named)?;
     let mut timings = Timings::new(started);
-    let ended = live(&request, &claim, mode, &mut signals, &mut timings).await;
+    let ended = Box::pin(live(&request, &claim, mode, &mut signals, &mut timings)).await;
     let outcome = match &ended {
         Ok(ended) if !request.record.auto_remove => {
             Some(Outcome { exit_code: ended.exit_code, finished_at_ns: now_ns(), error: ended.error.clone() })
@@ -83,39 +75,32 @@ async fn live(
     timings: &mut Timings,
 ) -> Result<Ended, Failure> {
     let record = &request.record;
-    let (sandbox, storage) = tokio::select! {
-        booted = boot(request, claim) => booted?,
-        signal = signals.next() => return Err(interrupted(signal)),
-    };
-    timings.booted(sandbox.times());
-    let agent = sandbox.agent().await?;
-    timings.connected(agent.details());
-
     let process = ProcessId::init(&record.id);
     let plan = plan(request, claim, mode)?;
-    let creating = create(request, &storage, &agent, &process, &plan);
-    let created = tokio::select! {
-        created = progress::during("creating the container", creating) => created,
+    let pod = tokio::select! {
+        pod = start(request, claim, &plan) => pod?,
         signal = signals.next() => return Err(interrupted(signal)),
     };
-    if let Err(error) = created {
-        return Err(explain(&sandbox, error).await);
-    }
+    timings.booted(pod.times());
+    timings.connected(pod.connected(), pod.agent().details());
     timings.mark("container created");
     let raw = if request.terminal && plan.input == Input::Host { Some(RawTerminal::enter()?) } else { None };
-    let attaching = Attached::connect(sandbox.socket(), &process, &plan);
-    let (attached, ()) = tokio::join!(attaching, give_cpus(request, &sandbox, &agent));
+    let (attached, cpus) = tokio::join!(Attached::connect(pod.socket(), &process, &plan), pod.cpus());
     let attached = attached?;
+    // One CPU is enough to run on.
+    if let Err(error) = cpus {
+        message::warn(&format!("the machine has only one CPU: {}", Failure::from(error)));
+    }
     // From here on the command may run, and signals are for it.
-    if let Err(error) = agent.start_container(&process.container_id).await {
-        return Err(explain(&sandbox, error).await);
+    if let Err(error) = pod.start_container(&process.container_id).await {
+        return Err(explain(&pod, error).await);
     }
     timings.mark("container started");
-    claim.running(Some(sandbox.vmm_pid()))?;
+    claim.running(Some(pod.pid()))?;
     if mode == Mode::Background {
         detach::report(&record.id)?;
     }
-    let attended = attend(&agent, &process, &attached, signals, raw.is_some()).await?;
+    let attended = attend(pod.agent(), &process, &attached, signals, raw.is_some()).await?;
     timings.mark("exit");
     let ended = match attended {
         Attended::Exited(response) => {
@@ -124,44 +109,73 @@ async fn live(
                 .then(|| "the container ran out of memory: give it more with --memory".into());
             Ok(Ended { exit_code: exit_code(&response), error })
         }
-        Attended::Lost(error) => Err(explain(&sandbox, error).await),
+        Attended::Lost(error) => Err(explain(&pod, error).await),
         Attended::Unanswered => Err(Failure::new(
             "the container was killed, and its machine too: the guest did not say that it ended",
         )),
     };
     // Nothing but the machine's end surely ends the output of a guest that has failed.
-    let sandbox = ended.is_ok().then_some(sandbox);
+    let pod = ended.is_ok().then_some(pod);
     timings.first_output(attached.drain(Tail::End, signals).await);
     drop(raw);
-    if let Some(sandbox) = sandbox {
-        sandbox.stop();
+    if let Some(pod) = pod {
+        pod.stop();
     }
     // A container that had started has ended, whatever ended it.
     ended.or_else(|failure| Ok(Ended { exit_code: EXIT_FAILURE, error: Some(failure.to_string()) }))
 }
 
-async fn boot(request: &Request, claim: &Claim) -> Result<(Sandbox, Storage), Failure> {
-    let half = Size(u64::from(request.machine.memory_mib) << 19);
-    let storage = request.root.prepare(claim, request.storage, half).await?;
-    let lease = if geteuid().is_root() {
-        Some(UidLease::take(request.uids, &request.paths.uid_locks())?)
-    } else {
-        None
+/// Makes the container, up to the point where it can be started.
+async fn start(request: &Request, claim: &Claim, plan: &Plan) -> Result<Arc<Pod>, Failure> {
+    let Workload { spec, bundle, network, .. } = &request.workload;
+    let first = NewContainer {
+        id: &request.record.id,
+        spec: spec.clone(),
+        bundle,
+        root: request.workload.root.prepare(claim, request.storage).await?,
+        stdio: plan.stdio(),
+        user: &request.record.user,
+        sandbox: None,
     };
-    let (empty, socket) = (request.paths.empty()?, claim.socket());
-    let config = SandboxConfig {
+    let config = PodConfig {
+        config: &request.config,
         artifacts: &request.artifacts,
-        kvm: &request.kvm,
-        memory_mib: request.machine.memory_mib,
-        cpus: request.machine.cpus,
-        jail: Jail { uid: lease.as_ref(), root: &empty, network: Place::Owners },
-        socket: &socket,
-        disks: &storage.disks,
-        shares: None,
-        cgroup: None,
+        paths: &request.paths,
+        directory: &claim.run,
+        size: request.size,
+        network: network.clone(),
+        cgroup: cgroup(request, claim)?,
     };
-    let sandbox = progress::during("starting the virtual machine", Sandbox::boot(&config)).await?;
-    Ok((sandbox, storage))
+    let starting = Box::pin(Pod::start(config, first));
+    let started = progress::during("starting the container", starting).await;
+    started.map_err(|error| match &error {
+        PodError::Agent(agent) => match agent.code() {
+            Some(code) => refusal(code, agent, "the container cannot be started"),
+            None => error.into(),
+        },
+        _ => error.into(),
+    })
+}
+
+/// The host's cgroup that the container's configuration asks for. Where it says nothing, the sandbox can do without.
+fn cgroup(request: &Request, claim: &Claim) -> Result<Option<SandboxCgroup>, Failure> {
+    let spec = &request.workload.spec;
+    if let Some(path) = oci::cgroups_path(spec) {
+        return Ok(claim.make_cgroup(path, request.size, spec)?);
+    }
+    let parent = &request.config.cgroups.parent;
+    if parent.is_empty() {
+        return Ok(None);
+    }
+    let made = claim.make_cgroup(&format!("{parent}/{}", request.record.id), request.size, spec);
+    Ok(made.unwrap_or_else(|error| {
+        message::warn(&format!(
+            "nothing limits on the host what this sandbox takes: {}; if that is as it should be, set cgroups.parent to \"\" \
+             in the configuration",
+            Failure::from(error)
+        ));
+        None
+    }))
 }
 
 fn plan(request: &Request, claim: &Claim, mode: Mode) -> Result<Plan, Failure> {
@@ -181,46 +195,22 @@ fn plan(request: &Request, claim: &Claim, mode: Mode) -> Result<Plan, Failure> {
     Ok(Plan { terminal: request.terminal, input, output: Output { host, log } })
 }
 
-async fn create(
-    request: &Request,
-    storage: &Storage,
-    agent: &Agent,
-    process: &ProcessId,
-    plan: &Plan,
-) -> Result<(), AgentError> {
-    let create = CreateContainerRequest {
-        container_id: process.container_id.clone(),
-        spec: request.spec.clone(),
-        rootfs: Some(storage.rootfs.clone()).into(),
-        stdio: Some(plan.stdio()).into(),
-        user: request.record.user.clone(),
-        ..Default::default()
-    };
-    agent.create_container(&create).await
-}
-
-/// Gives the machine its CPUs before the command starts, which may count them, and not while the container is created: that is one
-/// thing after another, whose every change to the kernel's page tables would have to wait for the other CPUs.
-async fn give_cpus(request: &Request, sandbox: &Sandbox, agent: &Agent) {
-    let added = match request.machine.cpus {
-        1 => Ok(()),
-        count => sandbox.add_cpus(agent, count).await,
-    };
-    // One CPU is enough to run on.
-    if let Err(error) = added {
-        message::warn(&format!("the machine has only one CPU: {}", Failure::from(error)));
-    }
-}
-
 /// Why a call to the agent failed, as an exit code and in words: the machine's end explains an agent that is gone.
-async fn explain(sandbox: &Sandbox, error: AgentError) -> Failure {
+async fn explain(pod: &Pod, error: AgentError) -> Failure {
     if let Some(code) = error.code() {
         return refusal(code, &error, "the container cannot be started");
     }
-    match timeout(END_TIMEOUT, sandbox.ended()).await {
-        Ok(end) => Failure::new(format!("{end}{}", console_text(&sandbox.console_tail()))),
-        Err(_) => Failure::new(format!("{}{}", Failure::from(error), console_text(&sandbox.console_tail()))),
+    let failure = match pod.explain(error).await {
+        PodError::Agent(error) => {
+            Failure::new(format!("{}{}", Failure::from(error), console_text(&pod.console_tail())))
+        }
+        ended => ended.into(),
+    };
+    if pod.cgroup().is_some_and(|cgroup| cgroup.oom_kills() > 0) {
+        return failure
+            .context("the host killed the sandbox, which took more memory than its cgroup may have");
     }
+    failure
 }
 
 /// What a refusal to start a process means to the user.

@@ -52,8 +52,8 @@ impl Timings {
     }
 
     /// The agent has answered.
-    pub(crate) fn connected(&mut self, details: &GuestDetails) {
-        self.mark("agent connected");
+    pub(crate) fn connected(&mut self, at: Stamp, details: &GuestDetails) {
+        self.stations.push(("agent connected", at));
         self.guest = Some(Guest {
             kernel_release: bulkhead_sandbox::console::escape(details.kernel_release.as_bytes()),
             ready_after_boot_ns: details.ready_after_boot_ns,
@@ -146,11 +146,12 @@ mod tests {
     fn what_the_guests_clock_said_goes_with_its_station() {
         let mut timings = timings();
         timings.stations.push((GUEST_READY, Stamp(5_000_000)));
-        timings.connected(&GuestDetails {
+        let details = GuestDetails {
             kernel_release: "6.12".into(),
             ready_after_boot_ns: 7_000_000,
             ..GuestDetails::default()
-        });
+        };
+        timings.connected(Stamp(6_000_000), &details);
         let json: serde_json::Value = serde_json::from_str(&timings.show(TimingsFormat::Json)).unwrap();
         assert_eq!(
             json[1],

@@ -4,14 +4,16 @@ use oci_spec::OciSpecError;
 use oci_spec::image::ImageConfiguration;
 use oci_spec::runtime::{
     Capabilities, Capability, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxDeviceCgroupBuilder,
-    LinuxNamespaceBuilder, LinuxNamespaceType, LinuxPidsBuilder, LinuxResourcesBuilder, PosixRlimit, Process,
-    ProcessBuilder, RootBuilder, Spec, SpecBuilder, get_default_maskedpaths, get_default_mounts,
+    LinuxNamespaceBuilder, LinuxNamespaceType, LinuxPidsBuilder, LinuxResourcesBuilder, Mount, PosixRlimit,
+    Process, ProcessBuilder, RootBuilder, Spec, SpecBuilder, get_default_maskedpaths, get_default_mounts,
     get_default_readonly_paths,
 };
 
 use crate::cli::{ProcessArgs, RunArgs};
 use crate::failure::Failure;
 use crate::signal;
+
+use super::volume;
 
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const SIGTERM: u32 = 15;
@@ -133,11 +135,13 @@ pub(crate) fn exec_process(
 
 /// The whole configuration.
 pub(crate) fn spec(args: &RunArgs, process: Process, hostname: &str) -> Result<Spec, Failure> {
-    build(args, process, hostname)
+    let mut mounts = get_default_mounts();
+    volume::add(&mut mounts, args.volume.iter().chain(&args.mount))?;
+    build(args, process, hostname, mounts)
         .map_err(|e| Failure::from(e).context("cannot make the container's configuration"))
 }
 
-fn build(args: &RunArgs, process: Process, hostname: &str) -> Result<Spec, OciSpecError> {
+fn build(args: &RunArgs, process: Process, hostname: &str, mounts: Vec<Mount>) -> Result<Spec, OciSpecError> {
     let namespace = |kind| LinuxNamespaceBuilder::default().typ(kind).build();
     let namespaces = [
         LinuxNamespaceType::Pid,
@@ -165,7 +169,7 @@ fn build(args: &RunArgs, process: Process, hostname: &str) -> Result<Spec, OciSp
         .process(process)
         .root(RootBuilder::default().path("rootfs").readonly(args.read_only).build()?)
         .hostname(hostname)
-        .mounts(get_default_mounts())
+        .mounts(mounts)
         .linux(linux)
         .build()
 }

@@ -1,7 +1,7 @@
-//! The OCI configuration of a container: from an image's defaults and the command line, or from a bundle.
+//! The OCI configuration of a container that is run from an image or a root: from the image's defaults and the command line.
 //!
-//! - [`build`]: the configuration that the launcher makes
-//! - [`bundle`]: the one that comes with a bundle
+//! - [`build`]: the whole of it
+//! - [`volume`]: files and directories of the host in it
 
 pub(crate) mod build;
-pub(crate) mod bundle;
+pub(crate) mod volume;

@@ -7,6 +7,14 @@ use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
+#[path = "../../examples/fake-vmm/artifacts.rs"]
+mod artifacts;
+
+use artifacts::{elf, erofs};
+
+/// Its configuration: no KVM, and no cgroups of the host that the tests run on.
+pub const CONFIG: &str = "[paths]\nkvm = \"/dev/null\"\n[cgroups]\nparent = \"\"\n";
+
 /// A host.
 pub struct Host(tempfile::TempDir);
 
@@ -24,7 +32,7 @@ impl Host {
         fs::write(host.path("share/vmlinux"), elf()).unwrap();
         host.boots_like("");
         fs::write(host.path("root.erofs"), erofs("")).unwrap();
-        fs::write(host.path("config.toml"), "[paths]\nkvm = \"/dev/null\"\n").unwrap();
+        fs::write(host.path("config.toml"), CONFIG).unwrap();
         host
     }
 
@@ -120,21 +128,4 @@ pub fn until(what: &str, mut is_so: impl FnMut() -> bool) {
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
     panic!("never: {what}");
-}
-
-fn elf() -> Vec<u8> {
-    let mut elf = vec![0; 4096];
-    elf[..6].copy_from_slice(b"\x7fELF\x02\x01");
-    elf[16] = 2;
-    elf[18] = 62;
-    elf
-}
-
-fn erofs(directive: &str) -> Vec<u8> {
-    let mut image = vec![0; 4096];
-    image[..directive.len()].copy_from_slice(directive.as_bytes());
-    image[1024..1028].copy_from_slice(&0xe0f5_e1e2_u32.to_le_bytes());
-    image[1036] = 12;
-    image[1060] = 1;
-    image
 }

@@ -153,6 +153,10 @@ async fn until_ready(ready: OwnedFd, says_ready: bool) -> io::Result<()> {
 }
 
 #[cfg(test)]
+#[path = "../../../sandbox/tests/support/executable.rs"]
+mod executable;
+
+#[cfg(test)]
 mod tests {
     use std::fs;
     use std::path::Path;
@@ -163,11 +167,7 @@ mod tests {
 
     fn program(directory: &Path, script: &str, says_ready: bool) -> Program {
         let path = directory.join("logger");
-        // Not written by this process: a child that another test forks meanwhile would hold it open, "text file busy".
-        let content = format!("#!/bin/sh\n{script}\n");
-        let write = r#"printf %s "$0" >"$1" && chmod 755 "$1""#;
-        let written = std::process::Command::new("sh").args(["-c", write, &content]).arg(&path).status();
-        assert!(written.unwrap().success());
+        executable::script(&path, script);
         Program { path, args: vec!["to".into(), directory.join("log").display().to_string()], says_ready }
     }
 

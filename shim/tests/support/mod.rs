@@ -25,6 +25,11 @@ use ttrpc::asynchronous::transport::Socket;
 use ttrpc::asynchronous::{Server, TtrpcContext};
 use ttrpc::context;
 
+#[path = "../../../launcher/examples/fake-vmm/artifacts.rs"]
+mod artifacts;
+
+use artifacts::{elf, erofs};
+
 pub const NAMESPACE: &str = "testing";
 /// Longer than anything takes; only a failed test waits for it.
 pub const PATIENCE: Duration = Duration::from_mins(1);
@@ -104,10 +109,7 @@ impl Host {
         let fake = shim.parent().unwrap().join("examples/shim-fake-vmm");
         assert!(fake.exists(), "cargo builds it with `cargo test -p containerd-shim-bulkhead-v2`");
         symlink(fake, path("libexec/bulkhead-vmm")).unwrap();
-        let mut elf = vec![0; 4096];
-        elf[..6].copy_from_slice(b"\x7fELF\x02\x01");
-        (elf[16], elf[18]) = (2, 62);
-        fs::write(path("share/vmlinux"), elf).unwrap();
+        fs::write(path("share/vmlinux"), elf()).unwrap();
         fs::write(path("share/guest.erofs"), erofs("")).unwrap();
         fs::write(path("root.erofs"), erofs("")).unwrap();
         fs::write(path("config.toml"), "[paths]\nkvm = \"/dev/null\"\n").unwrap();
@@ -451,13 +453,4 @@ fn write_spec(bundle: &Path, args: &[&str], env: &[&str], annotations: &serde_js
         "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "network"}]}
     });
     fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
-}
-
-fn erofs(directive: &str) -> Vec<u8> {
-    let mut image = vec![0; 4096];
-    image[..directive.len()].copy_from_slice(directive.as_bytes());
-    image[1024..1028].copy_from_slice(&0xe0f5_e1e2_u32.to_le_bytes());
-    image[1036] = 12;
-    image[1060] = 1;
-    image
 }

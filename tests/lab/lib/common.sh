@@ -34,22 +34,25 @@ debian_mirror() {
   echo "$mirror"
 }
 
-# debian_tree RELEASE DIR PACKAGES [OPTION...]: unpacks a release of Debian in DIR. In namespaces of its own, so that a killed
-# build leaves no mount and no process behind.
+# debian_tree RELEASE DIR PACKAGES [OPTION...]: unpacks a release of Debian in DIR; a package called NAME/SUITE comes from that other
+# release. In namespaces of its own, so that a killed build leaves no mount and no process behind.
 debian_tree() {
-  local release=$1 dir=$2 packages=$3 mirror=${BULKHEAD_MIRROR:-}
+  local release=$1 dir=$2 packages=$3 mirror=${BULKHEAD_MIRROR:-} suite sources=()
   shift 3
   # A mirror's copy of what is not released yet may be older than its index says that it is good for.
   [[ $release == trixie ]] || set -- --aptopt='Acquire::Check-Valid-Until "false"' "$@"
   [[ -n $mirror ]] || mirror=$(debian_mirror)
   ((EUID == 0)) || die "building an image takes root"
   [[ -e /usr/share/keyrings/debian-archive-keyring.gpg ]] || die "missing: debian-archive-keyring"
+  for suite in $(tr , '\n' <<<"$release,$packages" | sed -n '1p; s|.*/||p' | sort -u); do
+    sources+=("deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $suite main")
+  done
   # Where / is no mount point, in a chroot, its propagation cannot be changed and is left as it is.
   # shellcheck disable=SC2016
   setpriv --pdeathsig KILL unshare --mount --propagation unchanged --pid --fork --kill-child \
     sh -c 'mount --make-rprivate / 2>/dev/null; exec "$@"' - \
     mmdebstrap --quiet --mode=root --format=directory ${packages:+--include="$packages"} "$@" \
-    "$release" "$dir" "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $release main"
+    "$release" "$dir" "${sources[@]}"
 }
 
 # cached ENTRY BUILDER: prints the directory ENTRY of the cache, made by BUILDER DIR if it is not there yet. Whoever

@@ -1,13 +1,12 @@
 //! Processes are killed and starved: what must end ends, is told, and leaves nothing behind.
 
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 
 use bulkhead_tests::bulkhead::{eventually, expect_code, stderr, stdout};
 use bulkhead_tests::ctr::{
-    self, Bundle, Events, NAMESPACE, Shim, ctr, in_background, is_runc, processes_called, run_command,
+    self, Bundle, Code, Events, NAMESPACE, Shim, ctr, in_background, is_runc, processes_called, run_command,
     status, task_directory, tasks,
 };
-use bulkhead_tests::files::{Tmpfs, busybox_tree};
 use bulkhead_tests::vm::{Result, ensure};
 use libtest_mimic::Trial;
 use nix::errno::Errno;
@@ -30,8 +29,11 @@ pub(crate) fn tests() -> Vec<Trial> {
         trial("faults: containers go on without containerd, and it finds them again", containerd_killed),
         trial("faults: an exit without containerd is told by the next one", exit_unseen),
         trial("faults: a client that goes away while a container is created leaves nothing", client_killed),
-        trial("faults: a full disk is an error of the writer's", full_disk),
-        trial("faults: a bundle on a full disk leaves nothing", full_bundle),
+        trial("faults: a task that is killed while it is created leaves nothing", task_killed_early),
+        trial(
+            "faults: a containerd that is killed while it creates a container can remove it later",
+            killed_in_create,
+        ),
     ]
 }
 
@@ -135,47 +137,62 @@ fn exit_unseen() -> Result {
     expect_code(&ctr(["container", "delete", "unseen"]).output()?, 0)
 }
 
-fn client_killed() -> Result {
-    let mut client = run_command("unwanted", &["--rm", "--fifo-dir", &ctr::pipes()?], &["sleep", "1000"])?
+/// A `ctr run` whose container is being created.
+fn creating() -> Result<Child> {
+    let client = run_command("unwanted", &["--fifo-dir", &ctr::pipes()?], &["sleep", "1000"])?
         .stderr(Stdio::null())
         .spawn()?;
     eventually("a bundle is made", || Ok(task_directory().join("unwanted").exists()))?;
-    client.kill()?;
-    client.wait()?;
-    // It may have come as far as a task by then, or the create is still being undone.
+    Ok(client)
+}
+
+/// It may have come as far as a task by then, or the create is still being undone.
+fn remove_unwanted() -> Result {
     eventually("the container can be removed", || {
         let _ = ctr(["task", "delete", "--force", "unwanted"]).output()?;
         Ok(ctr(["container", "delete", "unwanted"]).output()?.status.success())
     })
 }
 
-fn full_disk() -> Result {
-    let disk = Tmpfs::new(16 << 20)?;
-    let tree = disk.path().join("tree");
-    busybox_tree(&tree)?;
-    let root = tree.to_str().ok_or("a temporary directory")?;
-    let script = "dd if=/dev/zero of=/file bs=64k; rm /file && echo x >/file && cat /file";
-    let output =
-        run_command("once", &["--rm", "--env", "PATH=/bin", "--rootfs", root], &["sh", "-c", script])?
-            .output()?;
-    expect_code(&output, 0)?;
-    ensure(stderr(&output).contains("No space left on device"), || format!("{output:?}"))?;
-    ensure(stdout(&output) == "x\n", || format!("{output:?}"))
+fn client_killed() -> Result {
+    let mut client = creating()?;
+    client.kill()?;
+    client.wait()?;
+    remove_unwanted()
 }
 
-fn full_bundle() -> Result {
-    let disk = Tmpfs::new(16 << 20)?;
-    let bundle = Bundle::below(disk.path(), "cramped", &["true"])?;
-    // All but nothing: the kernel gives a tmpfs whole pages.
-    let filler = std::fs::File::create(disk.path().join("filler"))?;
-    let filled = std::io::copy(&mut std::io::repeat(1), &mut &filler);
-    ensure(filled.is_err(), || "the disk is not full".to_owned())?;
-    if let Ok(shim) = bundle.start_shim() {
-        let created = shim.create(&bundle.request());
-        if created.is_ok() {
-            shim.delete(bundle.id(), "")?;
+/// At different times. With runc it cannot be killed before it is there.
+fn task_killed_early() -> Result {
+    for pause in [0, 50, 200, 500, 1000] {
+        let bundle = Bundle::new("unborn", &["sleep", "1000"])?;
+        let address = bundle.start_shim_at()?;
+        let (shim, request, own) = (Shim::connect(&address)?, bundle.request(), address.clone());
+        let creating = std::thread::spawn(move || {
+            let shim = Shim::connect(&own).map_err(|error| error.to_string())?;
+            Ok::<_, String>(shim.create(&request).is_ok())
+        });
+        std::thread::sleep(std::time::Duration::from_millis(pause));
+        eventually("the creation ends", || {
+            let _ = shim.kill("unborn", "", 9);
+            Ok(creating.is_finished())
+        })?;
+        if creating.join().map_err(|_| "a thread panicked")?? {
+            let _ = shim.kill("unborn", "", 9);
+            let code = shim.wait("unborn", "")?;
+            ensure(code == 137, || format!("exit code {code}"))?;
+            shim.delete("unborn", "")?;
         }
-        shim.shutdown(bundle.id())?;
+        Shim::expect("state", shim.state("unborn", ""), Code::NOT_FOUND)?;
+        shim.shutdown("unborn")?;
+        bundle.clean_up()?;
     }
-    bundle.clean_up()
+    Ok(())
+}
+
+fn killed_in_create() -> Result {
+    let mut client = creating()?;
+    ctr::kill()?;
+    client.wait()?;
+    ctr::start()?;
+    remove_unwanted()
 }

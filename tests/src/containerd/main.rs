@@ -1,8 +1,12 @@
 //! The suite of the containerd runtime: `ctr` and the shim's own calls, against the runtime that `BULKHEAD_RUNTIME` names. It runs as
 //! root where containerd and Bulkhead are installed. Every test holds for runc, too: clients must not tell the difference.
 
+mod bootstrap;
+mod erofs;
 mod events;
 mod faults;
+mod full;
+mod hangs;
 mod many;
 mod mounts;
 mod options;
@@ -11,6 +15,7 @@ mod refused;
 mod roots;
 mod streams;
 mod tasks;
+mod update;
 
 use bulkhead_tests::ctr::{self, Before};
 use bulkhead_tests::retry;
@@ -21,13 +26,18 @@ fn main() {
     let mut arguments = Arguments::from_args();
     // Each test looks for what it has left on the whole machine.
     arguments.test_threads = Some(1);
-    let tests = tests();
-    if let Err(error) = &tests {
+    let mut tests = tests().unwrap_or_else(|error| {
         ctr::stop();
         eprintln!("containerd: {error}");
         std::process::exit(101);
+    });
+    // Several parts of names, with | between them.
+    if !arguments.exact
+        && let Some(filter) = arguments.filter.take()
+    {
+        tests.retain(|test| filter.split('|').any(|part| test.name().contains(part)));
     }
-    let conclusion = libtest_mimic::run(&arguments, tests.unwrap_or_default());
+    let conclusion = libtest_mimic::run(&arguments, tests);
     ctr::stop();
     conclusion.exit();
 }
@@ -35,16 +45,22 @@ fn main() {
 /// The simple ones first. Which there are depends on the snapshotters of this containerd.
 fn tests() -> Result<Vec<Trial>> {
     ctr::start()?;
-    let mut tests = roots::tests(&ctr::snapshotters()?);
+    let snapshotters = ctr::snapshotters()?;
+    let mut tests = roots::tests(&snapshotters);
     for more in [
+        erofs::tests(&snapshotters),
+        bootstrap::tests()?,
         options::tests(),
         mounts::tests(),
         tasks::tests(),
+        update::tests(),
         events::tests(),
         streams::tests(),
         refused::tests(),
         pods::tests(),
         faults::tests(),
+        hangs::tests(),
+        full::tests(),
         many::tests(),
     ] {
         tests.extend(more);

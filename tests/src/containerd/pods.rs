@@ -16,8 +16,8 @@ pub(crate) fn tests() -> Vec<Trial> {
 }
 
 /// The container that holds a pod together, as Kubernetes makes it.
-fn sandbox(id: &str) -> Result<Container> {
-    let options = [
+pub(crate) fn sandbox(id: &str, options: &[&str]) -> Result<Container> {
+    let own = [
         "--annotation",
         "io.kubernetes.cri.container-type=sandbox",
         "--annotation",
@@ -25,26 +25,24 @@ fn sandbox(id: &str) -> Result<Container> {
         "--hostname",
         "pod",
     ];
-    in_background(id, &options, &["sleep", "1000"])
+    in_background(id, &[&own, options].concat(), &["sleep", "1000"])
 }
 
 /// One more container of the pod.
 fn member(pod: &str, id: &str, program: &[&str]) -> Result<Container> {
-    let pid = tasks()?.remove(pod).ok_or("no pod")?.0;
-    let joined = |kind: &str, file: &str| format!("{kind}:/proc/{pid}/ns/{file}");
-    let options = [
-        "--annotation",
-        "io.kubernetes.cri.container-type=container",
-        "--annotation",
-        &format!("io.kubernetes.cri.sandbox-id={pod}"),
-        "--with-ns",
-        &joined("network", "net"),
-        "--with-ns",
-        &joined("ipc", "ipc"),
-        "--with-ns",
-        &joined("uts", "uts"),
-    ];
+    let membership = membership(pod)?;
+    let options: Vec<_> = membership.iter().map(String::as_str).collect();
     in_background(id, &options, program)
+}
+
+/// The options that make a container one of the pod.
+pub(crate) fn membership(pod: &str) -> Result<Vec<String>> {
+    let pid = tasks()?.remove(pod).ok_or("no pod")?.0;
+    let annotations = ["container-type=container".to_owned(), format!("sandbox-id={pod}")]
+        .map(|annotation| ["--annotation".to_owned(), format!("io.kubernetes.cri.{annotation}")]);
+    let joined = [("network", "net"), ("ipc", "ipc"), ("uts", "uts")]
+        .map(|(kind, file)| ["--with-ns".to_owned(), format!("{kind}:/proc/{pid}/ns/{file}")]);
+    Ok([annotations.concat(), joined.concat()].concat())
 }
 
 fn shims() -> Result<usize> {
@@ -52,7 +50,7 @@ fn shims() -> Result<usize> {
 }
 
 fn shared() -> Result {
-    let pod = sandbox("pod")?;
+    let pod = sandbox("pod", &[])?;
     let server = member(
         "pod",
         "server",
@@ -71,7 +69,7 @@ fn shared() -> Result {
 }
 
 fn one_ends() -> Result {
-    let pod = sandbox("pod")?;
+    let pod = sandbox("pod", &[])?;
     let short = member("pod", "short", &["sh", "-c", "exit 3"])?;
     let code = short.wait()?;
     ensure(code == 3, || format!("exit code {code}"))?;
@@ -82,7 +80,7 @@ fn one_ends() -> Result {
 }
 
 fn joins_later() -> Result {
-    let pod = sandbox("pod")?;
+    let pod = sandbox("pod", &[])?;
     for id in ["first", "second"] {
         let container = member("pod", id, &["sleep", "1000"])?;
         expect_code(&container.exec(&["true"])?, 0)?;

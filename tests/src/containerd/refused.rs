@@ -4,7 +4,7 @@ use bulkhead_tests::bulkhead::{expect_code, stderr};
 use bulkhead_tests::ctr::{Bundle, Code, CreateTaskRequest, IMAGE, Mount, Shim, ctr, in_background, run};
 use bulkhead_tests::vm::{Result, ensure};
 use libtest_mimic::Trial;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::trial;
 
@@ -19,6 +19,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         trial("refused: a bundle that is not there", missing_bundle),
         trial("refused: a config.json that is none", broken_config),
         trial("refused: a root of a type that nobody knows", unknown_mount),
+        trial("refused: namespaces that nobody knows or that are not there", namespaces),
         trial("refused: a hook that fails", failing_hook),
         trial("shim: it says what it is, and its cleanup may be run again and again", cleanup),
     ]
@@ -136,13 +137,16 @@ fn unknown() -> Result {
 
 /// A create that fails, in a shim that is ended then.
 fn refuse(bundle: &Bundle, change: impl FnOnce(&mut CreateTaskRequest)) -> Result {
-    let shim = bundle.start_shim()?;
+    refuse_in(bundle, &bundle.start_shim()?, change)
+}
+
+fn refuse_in(bundle: &Bundle, shim: &Shim, change: impl FnOnce(&mut CreateTaskRequest)) -> Result {
     let mut request = bundle.request();
     change(&mut request);
     let created = shim.create(&request);
     ensure(created.is_err(), || "it was created".to_owned())?;
     Shim::expect("state", shim.state(bundle.id(), ""), Code::NOT_FOUND)?;
-    finish(bundle, &shim)
+    finish(bundle, shim)
 }
 
 fn missing_bundle() -> Result {
@@ -176,13 +180,35 @@ fn unknown_mount() -> Result {
     })
 }
 
-fn failing_hook() -> Result {
-    let bundle = Bundle::new("hooked", &["true"])?;
-    let text = std::fs::read_to_string(bundle.path().join("config.json"))?;
-    let mut spec: serde_json::Value = serde_json::from_str(&text)?;
-    spec["hooks"] = json!({ "createRuntime": [{ "path": "/bin/false" }] });
+/// A create with another configuration fails.
+fn refuse_spec(change: impl FnOnce(&mut Value)) -> Result {
+    let bundle = Bundle::new("odd", &["true"])?;
+    // As containerd would not let everything through, the shim is there before.
+    let shim = bundle.start_shim()?;
+    let mut spec = bundle.spec()?;
+    change(&mut spec);
     bundle.configure(&spec)?;
-    refuse(&bundle, |_| {})
+    refuse_in(&bundle, &shim, |_| {})
+}
+
+fn namespaces() -> Result {
+    for odd in [
+        json!({ "type": "nonsense" }),
+        json!({ "type": "network", "path": "/nothing/like/it" }),
+        json!({ "type": "ipc", "path": "/proc/1/cmdline" }),
+    ] {
+        refuse_spec(|spec| {
+            let namespaces = spec["linux"]["namespaces"].as_array_mut().expect("a list");
+            namespaces.retain(|namespace| namespace["type"] != odd["type"]);
+            namespaces.push(odd.clone());
+        })
+        .map_err(|error| format!("{odd}: {error}"))?;
+    }
+    Ok(())
+}
+
+fn failing_hook() -> Result {
+    refuse_spec(|spec| spec["hooks"] = json!({ "createRuntime": [{ "path": "/bin/false" }] }))
 }
 
 fn cleanup() -> Result {

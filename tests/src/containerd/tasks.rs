@@ -15,7 +15,7 @@ use crate::trial;
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
         trial("exec: output, exit code, directory and user are the process's own", exec),
-        trial("exec: a process on a terminal has its size", exec_terminal),
+        trial("exec: a process on a terminal has its size, and is told when that changes", exec_terminal),
         trial("exec: a process left in the background is killed by its own id", exec_killed),
         trial("kill: a trapped signal is handled, by name and by number", trapped),
         trial("kill: KILL makes 137, and the task is stopped until it is deleted", killed),
@@ -53,11 +53,14 @@ fn exec_terminal() -> Result {
     let container = in_background("host", &[], &["sleep", "1000"])?;
     let terminal = Terminal::new()?;
     terminal.resize(12, 34)?;
-    let script = "tty; while [ \"$(stty size)\" != '12 34' ]; do sleep 0.1; done; stty size; exit 4";
+    let script = "tty; while [ \"$(stty size)\" != '12 34' ]; do sleep 0.1; done; \
+                  trap 'stty size; exit 4' WINCH; echo ready; while :; do sleep 0.1; done";
     let mut child =
         terminal.start(&mut container.exec_command("screen", &["--tty"], &["sh", "-c", script]))?;
     terminal.shows("/dev/pts/")?;
-    terminal.shows("12 34")?;
+    terminal.shows("ready")?;
+    container.shim()?.resize("host", "screen", 56, 78)?;
+    terminal.shows("56 78")?;
     let status = child.wait()?;
     ensure(status.code() == Some(4), || format!("{status}"))?;
     container.end()

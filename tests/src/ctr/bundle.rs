@@ -1,6 +1,7 @@
 //! A bundle and a shim that the test starts itself, as containerd does, for what containerd would not let through.
 
-use std::fs::{File, create_dir, write};
+use std::cell::Cell;
+use std::fs::{File, create_dir, read, write};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -24,6 +25,7 @@ pub struct Bundle {
     /// The pipe for the shim's log has a writer as long as the bundle is there, so that its reader does not end before the shim begins.
     _log: File,
     logged: Arc<Mutex<String>>,
+    cleaned: Cell<bool>,
 }
 
 impl Bundle {
@@ -49,7 +51,8 @@ impl Bundle {
                 said.push('\n');
             }
         });
-        let bundle = Self { _parent: parent, path, id: id.to_owned(), _log: log, logged };
+        let bundle =
+            Self { _parent: parent, path, id: id.to_owned(), _log: log, logged, cleaned: Cell::new(false) };
         busybox_tree(&bundle.path().join("rootfs"))?;
         bundle.configure(&spec(id, program))?;
         Ok(bundle)
@@ -66,6 +69,11 @@ impl Bundle {
 
     pub fn id(&self) -> &str {
         &self.id
+    }
+
+    /// Its `config.json`.
+    pub fn spec(&self) -> Result<Value> {
+        Ok(serde_json::from_slice(&read(self.path().join("config.json"))?)?)
     }
 
     /// Replaces `config.json`.
@@ -97,16 +105,21 @@ impl Bundle {
         Ok(command)
     }
 
+    /// Starts its shim, and gives what that answers.
+    pub fn start_shim_at(&self) -> Result<String> {
+        Ok(String::from_utf8(tool(&mut self.shim_command("start")?)?)?)
+    }
+
     /// Starts its shim.
     pub fn start_shim(&self) -> Result<Shim> {
-        let reply = tool(&mut self.shim_command("start")?)?;
-        Shim::connect(&String::from_utf8(reply)?)
+        Shim::connect(&self.start_shim_at()?)
     }
 
     /// Runs what containerd runs when the shim is gone.
     pub fn clean_up(&self) -> Result {
         // runc's does nothing without the file in which a create that got so far has noted which runc it used, and fails.
         let never_created = is_runc() && !self.path.join("runtime").exists();
+        self.cleaned.set(true);
         let output = self.shim_command("delete")?.output()?;
         if never_created { Ok(()) } else { expect_code(&output, 0) }
     }
@@ -129,6 +142,15 @@ impl Bundle {
         let path = directory.join(name);
         super::fifo::make(&path)?;
         Ok(path)
+    }
+}
+
+impl Drop for Bundle {
+    /// A test that has failed leaves its shim to nobody.
+    fn drop(&mut self) {
+        if !self.cleaned.get() {
+            let _ = self.clean_up();
+        }
     }
 }
 

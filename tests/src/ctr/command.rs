@@ -94,10 +94,16 @@ pub fn in_background(id: &str, options: &[&str], command: &[&str]) -> Result<Con
 /// The same with any runtime.
 pub fn in_background_of(runtime: &str, id: &str, options: &[&str], command: &[&str]) -> Result<Container> {
     expect_code(&ctr_run(runtime, id, &[&["--detach"], options].concat(), command)?.output()?, 0)?;
-    Ok(Container(id.to_owned()))
+    Ok(Container::of(id))
 }
 
 impl Container {
+    /// The container of this name.
+    #[must_use]
+    pub fn of(id: &str) -> Self {
+        Self(id.to_owned())
+    }
+
     /// Its name.
     pub fn id(&self) -> &str {
         &self.0

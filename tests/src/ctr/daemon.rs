@@ -123,6 +123,12 @@ fn spawn() -> Result<Child> {
     Ok(child)
 }
 
+/// Whether it is containerd 2 or newer.
+pub fn is_version_2() -> Result<bool> {
+    let version = tool(Command::new("containerd").arg("--version"))?;
+    Ok(!String::from_utf8_lossy(&version).contains(" 1."))
+}
+
 /// The defaults but for places, and the snapshotters that do nothing without a configuration.
 fn configure() -> Result {
     let file = directory().join("config.toml");
@@ -147,8 +153,7 @@ fn configure() -> Result {
         place("scratch"),
     );
     // containerd 2.1 brought it, and 1.7 does not start with a differ that it lacks.
-    let version = tool(Command::new("containerd").arg("--version"))?;
-    if !String::from_utf8_lossy(&version).contains(" 1.") {
+    if is_version_2()? {
         text += "[plugins.\"io.containerd.service.v1.diff-service\"]\ndefault = [\"erofs\", \"walking\"]\n";
     }
     Ok(write(file, text)?)

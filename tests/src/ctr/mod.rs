@@ -14,8 +14,10 @@ pub use command::{
     Container, IMAGE, NAMESPACE, RUNC, ctr, ctr_run, image, in_background, in_background_of, is_runc,
     metrics, pipes, remove_everything, run, run_command, runtime, spawn, status, tasks,
 };
-pub use daemon::{directory, kill, log_since, pid as daemon_pid, snapshotters, start, stop, task_directory};
+pub use daemon::{
+    directory, is_version_2, kill, log_since, pid as daemon_pid, snapshotters, start, stop, task_directory,
+};
 pub use events::Events;
 pub use fifo::{Reader, make};
 pub use residue::{Before, descriptors, processes_called};
-pub use shim::{Code, Shim};
+pub use shim::{CallResult, Code, Shim};

@@ -49,6 +49,7 @@ fn things() -> Result<BTreeSet<String>> {
         run.join("runc").join(NAMESPACE),
         PathBuf::from("/run/netns"),
         PathBuf::from("/run/bulkhead"),
+        PathBuf::from("/run/bulkhead/.pods"),
         directory().join("root/io.containerd.runtime.v2.task").join(NAMESPACE),
         task_directory(),
     ] {

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::api::{
     CloseIORequest, CreateTaskRequest, CreateTaskResponse, DeleteRequest, DeleteResponse, Empty,
-    ExecProcessRequest, KillRequest, PidsRequest, PidsResponse, ShutdownRequest, StartRequest, StartResponse,
-    StateRequest, StateResponse, WaitRequest, WaitResponse,
+    ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse, ResizePtyRequest,
+    ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest, StatsResponse,
+    UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Enum, Message, MessageField};
@@ -18,6 +19,9 @@ use super::task_directory;
 use crate::vm::{Result, ensure};
 
 pub use ttrpc::Code;
+
+/// The outcome of a call without an answer.
+pub type CallResult = ttrpc::Result<()>;
 
 /// How long a call may take, in nanoseconds: longer than anything takes on a busy machine.
 const PATIENCE_NS: i64 = 120_000_000_000;
@@ -69,6 +73,11 @@ impl Shim {
     pub fn connect(reply: &str) -> Result<Self> {
         let bootstrap = Bootstrap::parse(reply)?;
         Ok(Self { client: Client::connect(&bootstrap.address)?, version: bootstrap.version })
+    }
+
+    /// The version of the task service that is spoken with it.
+    pub fn version(&self) -> u32 {
+        self.version
     }
 
     fn call<A: Message>(&self, method: &str, request: &impl Message) -> ttrpc::Result<A> {
@@ -135,6 +144,33 @@ impl Shim {
             ..ExecProcessRequest::default()
         };
         self.call::<Empty>("Exec", &request).map(drop)
+    }
+
+    pub fn stats(&self, id: &str) -> ttrpc::Result<StatsResponse> {
+        self.call("Stats", &StatsRequest { id: id.into(), ..StatsRequest::default() })
+    }
+
+    pub fn pause(&self, id: &str) -> ttrpc::Result<()> {
+        self.call::<Empty>("Pause", &PauseRequest { id: id.into(), ..PauseRequest::default() }).map(drop)
+    }
+
+    /// Changes limits: `linux.resources` of a configuration.
+    pub fn update(&self, id: &str, resources: &serde_json::Value) -> ttrpc::Result<()> {
+        let resources = Any {
+            type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".to_owned(),
+            value: resources.to_string().into_bytes(),
+            ..Any::default()
+        };
+        let resources = MessageField::some(resources);
+        let request = UpdateTaskRequest { id: id.into(), resources, ..UpdateTaskRequest::default() };
+        self.call::<Empty>("Update", &request).map(drop)
+    }
+
+    /// Tells a terminal its size.
+    pub fn resize(&self, id: &str, exec: &str, height: u32, width: u32) -> ttrpc::Result<()> {
+        let (id, exec_id) = (id.into(), exec.into());
+        let request = ResizePtyRequest { id, exec_id, height, width, ..ResizePtyRequest::default() };
+        self.call::<Empty>("ResizePty", &request).map(drop)
     }
 
     /// Says that no more input comes.

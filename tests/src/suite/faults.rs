@@ -2,7 +2,6 @@
 
 use std::fs::{copy, create_dir, remove_file};
 use std::io::Read;
-use std::path::PathBuf;
 use std::process::{Child, Stdio};
 
 use bulkhead_rootfs_builder::{directory, guest_image};
@@ -10,9 +9,9 @@ use bulkhead_tests::bulkhead::{
     bulkhead, detach, eventually, expect_code, image, logs, run_command, run_directory, spawn, stderr,
     stdout, vmm_below,
 };
-use bulkhead_tests::files::share;
+use bulkhead_tests::files::{faulty_agent, share};
 use bulkhead_tests::residue::entries;
-use bulkhead_tests::vm::{CMDLINE, Plan, Result, Vm, artifact, ensure};
+use bulkhead_tests::vm::{CMDLINE, Plan, Result, Vm, ensure};
 use bulkhead_vmm::control::message::Exit;
 use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
@@ -148,11 +147,6 @@ fn starter_killed() -> Result {
         expect_code(&bulkhead(["rm", "-f", "unwanted"]).output()?, 0)?;
     }
     Ok(())
-}
-
-/// An agent that can be told to fail.
-fn faulty_agent() -> PathBuf {
-    artifact("libexec/bulkhead-tests/bulkhead-agent-faulty")
 }
 
 fn agent_killed() -> Result {

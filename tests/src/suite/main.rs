@@ -2,6 +2,7 @@
 
 mod background;
 mod boot;
+mod cgroups;
 mod faults;
 mod images;
 mod jail;
@@ -12,6 +13,7 @@ mod run;
 mod snapshot;
 mod streams;
 mod terminal;
+mod volumes;
 
 use bulkhead_tests::residue::{self, Before};
 use bulkhead_tests::{retry, vm};
@@ -29,7 +31,9 @@ fn main() {
         refused::tests(),
         images::tests(),
         roots::tests(),
+        volumes::tests(),
         run::tests(),
+        cgroups::tests(),
         streams::tests(),
         terminal::tests(),
         background::tests(),

@@ -79,11 +79,10 @@ fn sandbox() -> Result {
         kvm: "/dev/kvm".as_ref(),
         memory_mib: 256,
         cpus: 1,
-        jail: Jail { uid: Some(&lease), root: &at("empty"), network: Place::Owners },
+        jail: Jail { uid: Some(&lease), root: &at("empty"), network: Place::Owners, cgroup: None },
         socket: &at("vsock"),
         disks: &[],
         shares: None,
-        cgroup: None,
     };
     let layers = layers("busybox")?;
     block_on(async {

@@ -31,9 +31,9 @@ pub(crate) fn tests() -> Vec<Trial> {
 
 fn sizes() -> Result {
     for (options, words) in [
-        (["--cpus", "0"], ["--cpus 0", "1 to 32"]),
-        (["--cpus", "33"], ["--cpus 33", "1 to 32"]),
-        (["--memory", "8M"], ["--memory 8 MiB", "at least 64 MiB"]),
+        (["--cpus", "0"], ["--cpus asks for 0 CPUs", "1 to 32"]),
+        (["--cpus", "33"], ["--cpus asks for 33 CPUs", "1 to 32"]),
+        (["--memory", "8M"], ["--memory asks for a virtual machine of 8 MiB", "64 to"]),
         (["--memory", "4000G"], ["--memory", "give less"]),
         (["--storage", "1M"], ["--storage 1 MiB", "at least 16 MiB"]),
     ] {

@@ -1,7 +1,7 @@
-//! Roots that are no images: directories, file system images, OCI bundles. What the container writes stays in the container.
+//! Roots that are no images: directories and file system images, whose container keeps what it writes, and OCI bundles.
 
 use std::fs::{read, write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use bulkhead_rootfs_builder::directory::pack;
@@ -85,30 +85,54 @@ fn refused() -> Result {
     Ok(())
 }
 
-/// Runs a bundle of a busybox system whose process is a script, with whatever else `change` makes of its configuration.
+/// A bundle of a busybox system with a marker.
+pub(crate) struct Bundle(tempfile::TempDir);
+
+impl Bundle {
+    /// One whose process is a script, with whatever else `change` makes of its configuration.
+    pub(crate) fn new(script: &str, change: impl FnOnce(&mut Value)) -> Result<Self> {
+        let bundle = Self(tempfile::tempdir()?);
+        marked(&bundle.root())?;
+        let kinds = ["pid", "ipc", "uts", "mount", "cgroup", "network"];
+        let namespaces: Vec<Value> = kinds.iter().map(|kind| json!({ "type": kind })).collect();
+        let mut config = json!({
+            "ociVersion": "1.0.2",
+            "process": {
+                "args": ["sh", "-c", script], "cwd": "/tmp", "env": ["PATH=/bin", "FROM=bundle"],
+                "user": { "uid": 0, "gid": 0 }
+            },
+            "root": { "path": "tree" },
+            "hostname": "bundled",
+            "mounts": [
+                { "destination": "/proc", "type": "proc", "source": "proc" },
+                { "destination": "/dev", "type": "tmpfs", "source": "tmpfs" }
+            ],
+            "linux": { "namespaces": namespaces }
+        });
+        change(&mut config);
+        write(bundle.path().join("config.json"), config.to_string())?;
+        Ok(bundle)
+    }
+
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// The directory that is its root.
+    pub(crate) fn root(&self) -> PathBuf {
+        self.path().join("tree")
+    }
+
+    /// Runs it to its end.
+    pub(crate) fn run(&self, options: &[&str]) -> Result<Output> {
+        Ok(bulkhead(["run", "--rm"]).args(options).arg("--bundle").arg(self.path()).output()?)
+    }
+}
+
+/// Runs such a bundle.
 fn run_bundle(options: &[&str], script: &str, change: impl FnOnce(&mut Value)) -> Result<Output> {
-    let scratch = tempfile::tempdir()?;
-    let tree = scratch.path().join("tree");
-    marked(&tree)?;
-    let namespaces: Vec<Value> =
-        ["pid", "ipc", "uts", "mount", "cgroup"].iter().map(|kind| json!({ "type": kind })).collect();
-    let mut config = json!({
-        "ociVersion": "1.0.2",
-        "process": {
-            "args": ["sh", "-c", script], "cwd": "/tmp", "env": ["PATH=/bin", "FROM=bundle"],
-            "user": { "uid": 0, "gid": 0 }
-        },
-        "root": { "path": "tree" },
-        "hostname": "bundled",
-        "mounts": [
-            { "destination": "/proc", "type": "proc", "source": "proc" },
-            { "destination": "/dev", "type": "tmpfs", "source": "tmpfs" }
-        ],
-        "linux": { "namespaces": namespaces }
-    });
-    change(&mut config);
-    write(scratch.path().join("config.json"), config.to_string())?;
-    Ok(bulkhead(["run", "--rm"]).args(options).arg("--bundle").arg(scratch.path()).output()?)
+    Bundle::new(script, change)?.run(options)
 }
 
 fn bundle() -> Result {
@@ -145,7 +169,7 @@ fn restricted() -> Result {
     })?;
     let expected = "50\n0077\nmkdir: can't create directory '/tmp/x': Function not implemented\n0\n\
         sh: can't create /proc/sys/kernel/hostname: Read-only file system\nNoNewPrivs:\t1\n\
-        50000 100000\n1\n67108864\n40\n1\n";
+        50000 100000\n0\n67108864\n40\n1\n";
     ensure(stdout(&output) == expected, || format!("{}{}", stdout(&output), stderr(&output)))
 }
 

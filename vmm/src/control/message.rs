@@ -106,9 +106,6 @@ pub struct Host {
     pub console: Fd,
     /// The I/O port whose bytes become [`Event::Status`].
     pub status_port: u16,
-    /// An open `cgroup.procs` of the group that the process is to be in. It goes there when the machine exists, which costs much inside
-    /// a group, and before it touches guest memory, which is to be charged to the group.
-    pub cgroup: Option<Fd>,
 }
 
 /// A virtio device and its host side.

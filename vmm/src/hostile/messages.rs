@@ -15,7 +15,7 @@ use crate::control::socket::ControlSocket;
 const ALLOCATION_MAX: usize = 4 << 20;
 
 fn requests() -> Vec<Request> {
-    let host = Host { kvm: Fd(0), console: Fd(1), status_port: 0x600, cgroup: None };
+    let host = Host { kvm: Fd(0), console: Fd(1), status_port: 0x600 };
     let block = Block {
         files: vec![Fd(3), Fd(4)],
         layout: BlockLayout::Partitions,

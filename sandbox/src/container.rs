@@ -1,0 +1,164 @@
+//! A container to be made: what the host has for it is opened, then given slots and names in its machine.
+
+use std::path::Path;
+
+use bulkhead_fs::control::ShareKind;
+use bulkhead_protocol::agent::{CreateContainerRequest, Rootfs, Stdio};
+use oci_spec::runtime::Spec;
+
+use crate::disk::Disk;
+use crate::file_server::FileServer;
+use crate::handover::{self, Above, Bind, Root, RootfsMount};
+use crate::pod::PodError;
+use crate::size::Size;
+use crate::sizing::MachineSize;
+use crate::slots::Slots;
+use crate::storage::{self, Storage, Upper};
+
+/// A container to be made.
+#[derive(Debug)]
+pub struct NewContainer<'a> {
+    /// Its name, an id.
+    pub id: &'a str,
+    /// Its configuration.
+    pub spec: Spec,
+    /// Its bundle.
+    pub bundle: &'a Path,
+    /// Its root.
+    pub root: RootSource<'a>,
+    /// Its standard streams.
+    pub stdio: Stdio,
+    /// Whom it runs as, by a name or a number that is looked up in its root. If that is empty, its configuration says it.
+    pub user: &'a str,
+    /// The first container of the pod, if this is another one.
+    pub sandbox: Option<&'a str>,
+}
+
+/// Where a container's root comes from.
+#[derive(Debug)]
+pub enum RootSource<'a> {
+    /// From the mounts that containerd hands over; without any, it is the directory `root.path` of the configuration.
+    Mounts(&'a [RootfsMount]),
+    /// The caller has opened it.
+    Opened(Root),
+}
+
+/// What the host has for a container, opened, and what the agent is told but for the root.
+pub(crate) struct Prepared {
+    request: CreateContainerRequest,
+    root: Root,
+    binds: Vec<Bind>,
+}
+
+impl Prepared {
+    /// Opens what the container has of the host. A network file system may take its time, so a thread of its own does it.
+    /// A snapshot gets a disk of `storage` for what is written, unless the root is read-only.
+    pub(crate) async fn make(
+        container: NewContainer<'_>,
+        size: MachineSize,
+        storage: Size,
+    ) -> Result<Self, PodError> {
+        let NewContainer { id, mut spec, bundle, root, stdio, user, sandbox } = container;
+        let (id, bundle, first) = (id.to_owned(), bundle.to_owned(), sandbox.map(ToOwned::to_owned));
+        let mut request = CreateContainerRequest {
+            container_id: id.clone(),
+            stdio: Some(stdio).into(),
+            user: user.to_owned(),
+            ..Default::default()
+        };
+        let (mounts, opened) = match root {
+            RootSource::Mounts(mounts) => (mounts.to_vec(), None),
+            RootSource::Opened(root) => (Vec::new(), Some(root)),
+        };
+        let read_only = spec.root().as_ref().is_some_and(|root| root.readonly() == Some(true));
+        let has_nothing_to_open = opened.is_some() && !handover::has_binds(&spec);
+        let prepare = move || -> Result<Self, PodError> {
+            handover::refuse_hooks(&spec)?;
+            handover::refuse_disks(&spec)?;
+            request.shared_namespaces = handover::take_namespaces(&mut spec, first.as_deref())?;
+            handover::renumber_cpus(&mut spec, size.cpus)?;
+            let directory = spec.root().as_ref().map(|root| bundle.join(root.path()));
+            let root = opened.map_or_else(|| handover::root(&mounts, directory.as_deref()), Ok)?;
+            let binds = handover::take_binds(&mut spec, &id, &bundle)?;
+            request.spec = serde_json::to_vec(&spec)?;
+            Ok(Self { request, root, binds })
+        };
+        let mut prepared =
+            if has_nothing_to_open { prepare()? } else { tokio::task::spawn_blocking(prepare).await?? };
+        if let Root::Layers { above, .. } = &mut prepared.root
+            && let Above::Snapshot(directory) = above
+            && !read_only
+        {
+            *above = Above::Disk(storage::snapshot_disk(directory, storage).await?);
+        }
+        Ok(prepared)
+    }
+}
+
+/// A container as the guest can have it.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    /// What the agent is told.
+    pub(crate) request: CreateContainerRequest,
+    /// Its disks, each with its slot.
+    pub(crate) disks: Vec<(u8, Disk)>,
+    /// What it shares with the host.
+    pub(crate) shares: Vec<(Bind, ShareKind)>,
+}
+
+impl Plan {
+    /// Finds slots and names for what was opened.
+    pub(crate) fn new(prepared: Prepared, slots: &mut Slots, size: MachineSize) -> Result<Self, PodError> {
+        let Prepared { mut request, root, binds } = prepared;
+        let mut shares: Vec<_> = binds.into_iter().map(|bind| (bind, ShareKind::Bind)).collect();
+        let Storage { disks, rootfs } = match root {
+            Root::Layers { images, above } => {
+                let upper = match above {
+                    Above::Disk(disk) => Upper::Scratch(disk),
+                    // It takes up to half of the memory, as tmpfs does by itself.
+                    Above::Memory | Above::Snapshot(_) => {
+                        Upper::Tmpfs(Size(u64::from(size.memory_mib) << 19))
+                    }
+                };
+                storage::plan(slots, &images, upper)?
+            }
+            Root::Ext4(disk) => storage::plan_ext4(slots, disk)?,
+            Root::Share(mount) => {
+                let name = format!("{}.root", request.container_id);
+                let rootfs = Rootfs { share: name.clone(), ..Default::default() };
+                shares.push((Bind { name, mount, read_only: false }, ShareKind::Root));
+                Storage { disks: Vec::new(), rootfs }
+            }
+        };
+        request.rootfs = Some(rootfs).into();
+        Ok(Self { request, disks, shares })
+    }
+
+    /// What is to be given back.
+    pub(crate) fn holdings(&self) -> Holdings {
+        Holdings {
+            slots: self.disks.iter().map(|(slot, _)| *slot).collect(),
+            shares: self.shares.iter().map(|(bind, _)| bind.name.clone()).collect(),
+            writes_disk: self.disks.iter().any(|(_, disk)| !disk.read_only),
+        }
+    }
+
+    /// Has a file server show its shares to the guest.
+    pub(crate) async fn serve(&self, server: &FileServer) -> Result<(), PodError> {
+        for (bind, kind) in &self.shares {
+            server.add(&bind.name, &bind.mount, *kind, bind.read_only).await?;
+        }
+        Ok(())
+    }
+}
+
+/// What a container has of its machine's, to be given back.
+#[derive(Debug, Default)]
+pub(crate) struct Holdings {
+    /// The slots of its disks.
+    pub(crate) slots: Vec<u8>,
+    /// The names of its shares.
+    pub(crate) shares: Vec<String>,
+    /// Its root is a disk of the host.
+    pub(crate) writes_disk: bool,
+}
