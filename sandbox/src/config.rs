@@ -327,7 +327,7 @@ mod tests {
             .map(|line| if is_setting(&line) { &line[1..] } else { line })
             .collect::<Vec<_>>()
             .join("\n");
-        assert_eq!(settings, 9);
+        assert_eq!(settings, 10);
         let said = load(Some(&uncommented), &[]).unwrap();
         let paths = Paths {
             libexec: said.paths.libexec.clone(),

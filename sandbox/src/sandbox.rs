@@ -25,7 +25,7 @@ use crate::timing::{BootTimes, Stamp};
 use crate::vmm::{Jail, VmmError, VmmProcess};
 
 /// How long a guest may take until its agent is ready.
-const BOOT_TIMEOUT: Duration = Duration::from_mins(1);
+const BOOT_TIMEOUT: Duration = Duration::from_secs(90);
 /// How long a VMM that has closed its control socket may take to be gone. That it ends is certain by then, and told after this; how it
 /// ended only if the host has torn the machine down in time.
 pub const DEATH_TIMEOUT: Duration = Duration::from_secs(1);
