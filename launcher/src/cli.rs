@@ -11,9 +11,9 @@ use crate::spec::volume::{Volume, parse_mount, parse_volume};
 #[derive(Debug, Parser)]
 #[command(name = "bulkhead", version, max_term_width = 100, disable_help_subcommand = true)]
 #[command(after_help = "\
-Images are kept in /var/lib/bulkhead, running containers in /run/bulkhead; BULKHEAD_ROOT and BULKHEAD_RUN name other
-directories. The VMM, the guest's kernel and its image are found beside this program; BULKHEAD_LIBEXEC and BULKHEAD_SHARE
-name other directories. BULKHEAD_CONFIG names another file than /etc/bulkhead/config.toml. BULKHEAD_LOG=debug tells what
+Images are kept in /var/lib/bulkhead, running containers in /run/bulkhead; BULKHEAD_ROOT and BULKHEAD_RUN name other \
+directories. The VMM, the guest's kernel and its image are found beside this program; BULKHEAD_LIBEXEC and BULKHEAD_SHARE \
+name other directories. BULKHEAD_CONFIG names another file than /etc/bulkhead/config.toml. BULKHEAD_LOG=debug tells what \
 happens.")]
 pub(crate) struct Cli {
     #[command(subcommand)]
