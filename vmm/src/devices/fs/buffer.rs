@@ -45,8 +45,11 @@ impl Buffer {
             if !GuestMemory::check_range(memory, address, length, access) {
                 return Err(DeviceError::Driver("a request outside of memory"));
             }
-            if length > 0 {
-                buffer.pieces.push((address, length));
+            match buffer.pieces.last_mut() {
+                // Linux gives each page a descriptor, and a new guest's pages often lie side by side.
+                Some((start, before)) if start.0 + *before as u64 == address.0 => *before += length,
+                _ if length > 0 => buffer.pieces.push((address, length)),
+                _ => {}
             }
             // A chain has less than 4 GiB: the iterator ends before it exceeds them.
             buffer.bytes += length;
