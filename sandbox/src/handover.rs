@@ -164,7 +164,7 @@ pub fn root(mounts: &[RootfsMount], directory: Option<&Path>) -> Result<Root, Ha
     }
 }
 
-/// The images behind an overlay whose lower directories are all mounts of containerd's erofs snapshotter. What was written above
+/// The layers behind an overlay whose lower directories are all mounts of containerd's erofs snapshotter. What was written above
 /// them on the host must not be missed, so an upper directory with content makes it an ordinary overlay.
 fn erofs_layers(options: &[String]) -> Option<Root> {
     let value = |key: &str| options.iter().find_map(|option| option.strip_prefix(key)?.strip_prefix('='));

@@ -71,8 +71,18 @@ pub(crate) fn measure() -> Result<Vec<Row>> {
             Row::ms("  the same again", &pick(&reads, 1)).beside(PEER, &pick(&runc, 1)),
         ])
     };
-    add("read", read("read 256 MiB through a bind mount, by 128 KiB", reads));
-    add("large read", read("read 256 MiB through a bind mount, by 1 MiB", large_reads));
+    add(
+        "read",
+        read("read 256 MiB through a bind mount, by 128 KiB", |runtime, directory| {
+            reads(runtime, directory, &[])
+        }),
+    );
+    add(
+        "large read",
+        read("read 256 MiB through a bind mount, by 1 MiB", |runtime, directory| {
+            reads(runtime, directory, &[read::LARGE])
+        }),
+    );
     let find = || -> Result<Vec<Row>> {
         let (walks, runc) = both(&own, walks)?;
         Ok(vec![
@@ -126,16 +136,8 @@ fn ends(runtime: &str) -> Result<Vec<Duration>> {
     repeat(|| end(&sleeper(runtime, NAME)?))
 }
 
-/// This program reads a file of the host twice.
-fn reads(runtime: &str, directory: &Path) -> Result<Pairs> {
-    reads_with(runtime, directory, &[])
-}
-
-fn large_reads(runtime: &str, directory: &Path) -> Result<Pairs> {
-    reads_with(runtime, directory, &[read::LARGE])
-}
-
-fn reads_with(runtime: &str, directory: &Path, how: &[&str]) -> Result<Pairs> {
+/// This program reads a file of the host twice, as `how` says.
+fn reads(runtime: &str, directory: &Path, how: &[&str]) -> Result<Pairs> {
     let (data, helper) = (directory.join("data"), directory.join("lab-bench"));
     if !data.exists() {
         write_data(&data)?;
