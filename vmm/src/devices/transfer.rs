@@ -13,6 +13,8 @@ use vm_memory::volatile_memory::Error as VolatileMemoryError;
 pub enum Direction {
     /// Into guest memory.
     Read,
+    /// Into guest memory, with flags of preadv2(2).
+    ReadAtOnce(libc::c_int),
     /// Out of guest memory.
     Write,
 }
@@ -41,6 +43,9 @@ pub fn transfer(
         let moved = unsafe {
             match direction {
                 Direction::Read => libc::preadv64(file.as_raw_fd(), iovecs.as_ptr(), count, at),
+                Direction::ReadAtOnce(flags) => {
+                    libc::preadv2(file.as_raw_fd(), iovecs.as_ptr(), count, at, flags)
+                }
                 Direction::Write => libc::pwritev64(file.as_raw_fd(), iovecs.as_ptr(), count, at),
             }
         };

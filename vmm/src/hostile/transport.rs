@@ -109,6 +109,21 @@ fn attack(kind: Kind, ops: &[Op]) {
     driver.assert_works();
 }
 
+#[test]
+fn a_vcpu_does_not_wait_for_a_device_that_is_at_work() {
+    for kind in KINDS {
+        let mut driver = Driver::new(kind);
+        driver.set_up();
+        let busy = driver.slot.lock();
+        let kick = busy.as_ref().unwrap().kicks()[0].try_clone().unwrap();
+        // This thread would wait for itself.
+        driver.slot.write(regs::QUEUE_NOTIFY, &0u32.to_le_bytes());
+        assert!(kick.read().is_ok(), "the device's own thread comes for the queue");
+        driver.slot.write(regs::QUEUE_NOTIFY, &77u32.to_le_bytes());
+        assert!(kick.read().is_err());
+    }
+}
+
 /// A new slot with a device of the same kind, given what another machine is said to have had.
 fn restore(driver: &Driver, saved: &[u8]) {
     let Ok(state) = postcard::from_bytes::<SlotState>(saved) else { return };

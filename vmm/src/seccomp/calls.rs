@@ -3,12 +3,12 @@
 use libc::{
     SIGABRT, SIGBUS, SIGSEGV, SYS_accept4, SYS_brk, SYS_clock_gettime, SYS_clone, SYS_clone3, SYS_close,
     SYS_epoll_create1, SYS_epoll_ctl, SYS_epoll_wait, SYS_eventfd2, SYS_exit, SYS_exit_group, SYS_fcntl,
-    SYS_fdatasync, SYS_ftruncate, SYS_futex, SYS_getpid, SYS_getrandom, SYS_gettid, SYS_ioctl, SYS_lseek,
-    SYS_madvise, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_prctl, SYS_pread64, SYS_preadv,
-    SYS_pwrite64, SYS_pwritev, SYS_read, SYS_recvfrom, SYS_recvmsg, SYS_restart_syscall, SYS_rseq,
-    SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_getaffinity, SYS_sched_yield,
-    SYS_seccomp, SYS_sendmsg, SYS_sendto, SYS_set_robust_list, SYS_shutdown, SYS_sigaltstack, SYS_statx,
-    SYS_tgkill, SYS_write, c_int, c_long,
+    SYS_fdatasync, SYS_fstatfs, SYS_ftruncate, SYS_futex, SYS_getpid, SYS_getrandom, SYS_gettid, SYS_ioctl,
+    SYS_lseek, SYS_madvise, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_prctl, SYS_pread64,
+    SYS_preadv, SYS_preadv2, SYS_pwrite64, SYS_pwritev, SYS_read, SYS_recvfrom, SYS_recvmsg,
+    SYS_restart_syscall, SYS_rseq, SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn,
+    SYS_sched_getaffinity, SYS_sched_yield, SYS_seccomp, SYS_sendmsg, SYS_sendto, SYS_set_robust_list,
+    SYS_shutdown, SYS_sigaltstack, SYS_statx, SYS_tgkill, SYS_write, c_int, c_long,
 };
 
 use super::kvm;
@@ -145,7 +145,12 @@ pub(super) const FILES: &[Call] = &[
 ];
 
 /// A vCPU's thread.
-pub(super) const VCPU: &[Call] = &[only(SYS_ioctl, 1, kvm::VCPU)];
+pub(super) const VCPU: &[Call] = &[
+    only(SYS_ioctl, 1, kvm::VCPU),
+    // Files' data that the host has in memory.
+    only(SYS_preadv2, 5, &[0, bits(libc::RWF_NOWAIT)]),
+    any(SYS_fstatfs),
+];
 
 /// The thread that obeys the owner, and the first steps of those that it makes.
 pub(super) const CONTROL: &[Call] = &[

@@ -54,6 +54,20 @@ pub trait VirtioDevice: Send {
     /// [`DeviceError`] when the device cannot go on.
     fn process_queue(&mut self, queue: usize, io: &mut DeviceIo<'_>) -> Result<(), DeviceError>;
 
+    /// True when a vCPU that notifies a queue does the work itself, as far as it needs no waiting: [`notified`](Self::notified).
+    fn works_on_vcpus(&self) -> bool {
+        false
+    }
+
+    /// As [`process_queue`](Self::process_queue), on the thread of the vCPU that notifies the queue. What would have to wait is
+    /// [handed over](DeviceIo::hand_over).
+    ///
+    /// # Errors
+    /// As [`process_queue`](Self::process_queue).
+    fn notified(&mut self, queue: usize, io: &mut DeviceIo<'_>) -> Result<(), DeviceError> {
+        io.hand_over(queue)
+    }
+
     /// A descriptor that is ready when the device's host side has something to do. It stays the same for as long as the device is
     /// plugged, unless the device closes it, which ends the watch over it: from then on there is none.
     fn host_fd(&self) -> Option<RawFd> {

@@ -117,6 +117,14 @@ impl<'a> DeviceIo<'a> {
         Ok(())
     }
 
+    /// Has the device's own thread process a queue.
+    ///
+    /// # Errors
+    /// None: an eventfd takes that many writes.
+    pub fn hand_over(&self, queue: usize) -> Result<(), DeviceError> {
+        Ok(self.kicks[queue].write(1)?)
+    }
+
     /// Asks the driver to notify the device of the next chain. True when chains are available already.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! The MMIO transport, section 4.2 of the standard, and the plugging of devices into its slots.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_ACKNOWLEDGE as ACKNOWLEDGE, VIRTIO_F_VERSION_1};
@@ -93,13 +93,15 @@ pub struct Slot {
     interrupt: Interrupt,
     memory: Arc<Memory>,
     plugged: Mutex<Option<Plugged>>,
+    /// The device's, for a vCPU that finds the device at work.
+    kicks: Mutex<Option<Arc<[EventFd]>>>,
 }
 
 /// A device in its slot.
 pub struct Plugged {
     device: Box<dyn VirtioDevice>,
     queues: Vec<Queue>,
-    kicks: Vec<EventFd>,
+    kicks: Arc<[EventFd]>,
     watch: Option<HostWatch>,
     status: u32,
     device_features_sel: u32,
@@ -149,7 +151,8 @@ impl Slot {
     pub fn new(number: u8, registers: SlotRegisters, memory: Arc<Memory>) -> Result<Self, SlotError> {
         let line = EventFd::new(EFD_NONBLOCK).map_err(|e| SlotError::EventFd(number, e))?;
         let interrupt = Interrupt::new(registers.clone(), line);
-        let slot = Self { number, registers, interrupt, memory, plugged: Mutex::new(None) };
+        let slot =
+            Self { number, registers, interrupt, memory, plugged: Mutex::new(None), kicks: Mutex::new(None) };
         slot.show_placeholder();
         Ok(slot)
     }
@@ -175,6 +178,7 @@ impl Slot {
         }
         let new = Plugged::new(device).map_err(|e| SlotError::EventFd(self.number, e))?;
         new.show(&self.registers);
+        *self.kicks.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&new.kicks));
         *plugged = Some(new);
         Ok(())
     }
@@ -190,6 +194,7 @@ impl Slot {
             Some(device) if device.status & DRIVER_OK != 0 => return Err(SlotError::InUse(self.number)),
             Some(_) => self.show_placeholder(),
         }
+        *self.kicks.lock().unwrap_or_else(PoisonError::into_inner) = None;
         plugged.take().ok_or(SlotError::Empty(self.number))
     }
 
@@ -200,6 +205,10 @@ impl Slot {
         let word = <[u8; 4]>::try_from(data).map(u32::from_le_bytes);
         if let (regs::INTERRUPT_ACK, Ok(reasons)) = (offset, word) {
             self.interrupt.acknowledge(reasons);
+            return;
+        }
+        if let (regs::QUEUE_NOTIFY, Ok(queue)) = (offset, word) {
+            self.notified(queue as usize);
             return;
         }
         let mut guard = self.lock();
@@ -223,15 +232,27 @@ impl Slot {
                 self.registers.set(regs::INTERRUPT_STATUS, 0);
             }
             regs::STATUS => self.set_status(plugged, word),
-            // Reached only when no ioeventfd took the write.
-            regs::QUEUE_NOTIFY => {
-                if let Some(kick) = plugged.kicks.get(word as usize) {
-                    let _ = kick.write(1);
-                }
-            }
             _ => plugged.set_queue(offset, word),
         }
         plugged.show(&self.registers);
+    }
+
+    /// A vCPU has notified a queue, and no ioeventfd took that. When another thread has the device at work, perhaps with a disk, the vCPU does
+    /// not wait for it: the device's own thread comes for the queue then.
+    fn notified(&self, queue: usize) {
+        let mut guard = match self.plugged.try_lock() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(error)) => error.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                let kicks = self.kicks.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(kick) = kicks.as_ref().and_then(|kicks| kicks.get(queue)) {
+                    let _ = kick.write(1);
+                }
+                return;
+            }
+        };
+        let Some(plugged) = guard.as_mut() else { return };
+        self.work(plugged, |device, io| if io.is_ready(queue) { device.notified(queue, io) } else { Ok(()) });
     }
 
     /// The status moves on as section 3.1.1 orders, one step after the other, and never back.
@@ -287,7 +308,7 @@ impl Slot {
         let mut guard = self.lock();
         let Some(plugged) = guard.as_mut() else { return };
         self.work(plugged, |device, io| device.resumed(io));
-        for kick in &plugged.kicks {
+        for kick in plugged.kicks.iter() {
             let _ = kick.write(1);
         }
         if plugged.status & DRIVER_OK != 0 {
@@ -417,6 +438,11 @@ impl Plugged {
         self.device.host_fd()
     }
 
+    /// See [`VirtioDevice::works_on_vcpus`].
+    pub fn works_on_vcpus(&self) -> bool {
+        self.device.works_on_vcpus()
+    }
+
     /// Its type, section 5 of the standard.
     pub fn device_type(&self) -> u32 {
         self.device.device_type()
@@ -480,7 +506,7 @@ impl Plugged {
         for queue in &mut self.queues {
             queue.reset();
         }
-        for kick in &self.kicks {
+        for kick in self.kicks.iter() {
             let _ = kick.read();
         }
         self.status = 0;

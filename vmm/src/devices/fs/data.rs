@@ -1,34 +1,48 @@
 //! READ and WRITE, which the server does not see: data between files and guest memory.
 
+use std::fs::File;
+
 use super::buffer::Buffer;
-use super::handles::Handles;
 use super::wire::{self, DATA_IN, DataIn, IN_HEADER, OUT_HEADER};
-use super::{DATA_MAX, Fs};
+use super::{DATA_MAX, Fs, Wait};
 use crate::devices::transfer::{Direction, transfer};
 use crate::memory::Memory;
 use crate::virtio::device::DeviceError;
 use crate::virtio::io::Fate;
 
 impl Fs {
-    /// READ: fills the room for the answer from a file.
+    /// READ: fills the room for the answer from a file. A vCPU leaves it in the ring when the file's disk may have to be waited for.
     ///
     /// # Errors
     /// None, since memory is there as long as the machine.
-    pub(super) fn read(&self, memory: &Memory, unique: u64) -> Result<Fate, DeviceError> {
+    pub(super) fn read(&mut self, queue: usize, memory: &Memory, unique: u64) -> Result<Fate, DeviceError> {
         let Some(asked) = self.data_in(memory)? else {
             return self.answer(memory, unique, Err(libc::EINVAL));
         };
         if asked.size > self.writable.bytes() - OUT_HEADER {
             return self.answer(memory, unique, Err(libc::EINVAL));
         }
-        let data = (&self.writable, OUT_HEADER);
-        match move_data(memory, &self.handles, asked, data, Direction::Read)? {
+        let Some(open) = self.handles.get(asked.handle) else {
+            return self.answer(memory, unique, Err(libc::EBADF));
+        };
+        let direction = match open.at_once {
+            _ if !self.on_vcpu => Direction::Read,
+            Some(flags) => Direction::ReadAtOnce(flags),
+            None => return Ok(self.leave(queue, Wait::Worker)),
+        };
+        match move_data(memory, &open.file, asked, (&self.writable, OUT_HEADER), direction)? {
             Ok(moved) => {
                 let mut header = wire::answer(unique, 0, &[]);
                 let length = u32::try_from(OUT_HEADER + moved).expect("at most DATA_MAX and a header");
                 header[..4].copy_from_slice(&length.to_le_bytes());
                 self.writable.write(memory, &header)?;
                 Ok(Fate::Used(length))
+            }
+            Err(errno @ (libc::EAGAIN | libc::EOPNOTSUPP)) if self.on_vcpu => {
+                if errno == libc::EOPNOTSUPP {
+                    open.without_nowait();
+                }
+                Ok(self.leave(queue, Wait::Worker))
             }
             Err(errno) => self.answer(memory, unique, Err(errno)),
         }
@@ -38,7 +52,7 @@ impl Fs {
     ///
     /// # Errors
     /// As [`read`](Self::read).
-    pub(super) fn write(&self, memory: &Memory, unique: u64) -> Result<Fate, DeviceError> {
+    pub(super) fn write(&mut self, memory: &Memory, unique: u64) -> Result<Fate, DeviceError> {
         let Some(asked) = self.data_in(memory)? else {
             return self.answer(memory, unique, Err(libc::EINVAL));
         };
@@ -48,8 +62,10 @@ impl Fs {
         if asked.size != self.readable.bytes() - after || self.writable.bytes() < OUT_HEADER + body.len() {
             return self.answer(memory, unique, Err(libc::EINVAL));
         }
-        let data = (&self.readable, after);
-        match move_data(memory, &self.handles, asked, data, Direction::Write)? {
+        let Some(open) = self.handles.get(asked.handle) else {
+            return self.answer(memory, unique, Err(libc::EBADF));
+        };
+        match move_data(memory, &open.file, asked, (&self.readable, after), Direction::Write)? {
             Ok(moved) => {
                 let moved = u32::try_from(moved).expect("at most DATA_MAX");
                 body[..4].copy_from_slice(&moved.to_le_bytes());
@@ -74,20 +90,21 @@ impl Fs {
 }
 
 /// Moves the data of a READ or WRITE, and says how much that was: less than was asked for only at the end of the file, or when the host
-/// has no room or fails halfway. The error is an errno.
+/// has no room or fails halfway. The error is an errno; what is wanted at once comes whole or not at all.
 fn move_data(
     memory: &Memory,
-    handles: &Handles,
+    file: &File,
     asked: DataIn,
     (buffer, after): (&Buffer, usize),
     direction: Direction,
 ) -> Result<Result<usize, i32>, DeviceError> {
-    let Some(file) = handles.get(asked.handle) else { return Ok(Err(libc::EBADF)) };
     let mut rest = buffer.slices(memory, after, asked.size)?;
     let result = transfer(file, asked.offset, &mut rest, direction);
     let moved = asked.size - rest.iter().map(vm_memory::VolatileSlice::len).sum::<usize>();
     Ok(match result {
-        Err(error) if moved == 0 => Err(error.raw_os_error().unwrap_or(libc::EIO)),
+        Err(error) if moved == 0 || matches!(direction, Direction::ReadAtOnce(_)) => {
+            Err(error.raw_os_error().unwrap_or(libc::EIO))
+        }
         _ => Ok(moved),
     })
 }

@@ -3,14 +3,38 @@
 use std::collections::HashMap;
 use std::fs::File;
 
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+
 /// Files at most that a guest may have open at once on one device.
 pub const HANDLES_MAX: usize = 60 << 10;
+
+/// A file that the guest has open.
+#[derive(Debug)]
+pub(super) struct OpenFile {
+    pub(super) file: File,
+    /// The flags of preadv2(2) that make it return what the host has in memory, without waiting for anything else. None when the file's
+    /// file system has no such way.
+    pub(super) at_once: Option<i32>,
+}
+
+impl OpenFile {
+    fn new(file: File) -> Self {
+        Self { file, at_once: Some(libc::RWF_NOWAIT) }
+    }
+
+    /// `RWF_NOWAIT` is not supported. A tmpfs says so although all it has is in memory; its pages may have been swapped out, as the guest's
+    /// own may.
+    pub(super) fn without_nowait(&mut self) {
+        let in_memory = fstatfs(&self.file).is_ok_and(|stat| stat.filesystem_type() == TMPFS_MAGIC);
+        self.at_once = in_memory.then_some(0);
+    }
+}
 
 /// The table.
 #[derive(Debug)]
 pub(super) struct Handles {
     // Its hash is keyed when the device is made: a server cannot choose handles that collide.
-    files: HashMap<u64, File>,
+    files: HashMap<u64, OpenFile>,
     max: usize,
 }
 
@@ -28,12 +52,12 @@ impl Handles {
 
     /// Adds a file. One that had the handle before is closed: the server has it no longer.
     pub(super) fn insert(&mut self, handle: u64, file: File) {
-        self.files.insert(handle, file);
+        self.files.insert(handle, OpenFile::new(file));
     }
 
     /// The file with this handle.
-    pub(super) fn get(&self, handle: u64) -> Option<&File> {
-        self.files.get(&handle)
+    pub(super) fn get(&mut self, handle: u64) -> Option<&mut OpenFile> {
+        self.files.get_mut(&handle)
     }
 
     /// Closes a file.

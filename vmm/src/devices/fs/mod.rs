@@ -9,6 +9,9 @@
 //! - A reply to OPEN, CREATE or TMPFILE carries the file (`SCM_RIGHTS`). RELEASE closes it here and goes on to the server.
 //! - FORGET, BATCH_FORGET and DESTROY are not replied to. A reset of the device is a DESTROY.
 //!
+//! A vCPU that notifies the device does what needs no waiting: it sends requests to the server, and reads what the host has in memory. So
+//! neither costs a change of threads. The device's own thread does the rest.
+//!
 //! The VMM never waits for the server. What does not fit into the socket or into the table of pending requests stays in the ring: then
 //! either the socket will have room, or a reply come ([`Wait`]). When the server is gone, every request is answered with EIO.
 //!
@@ -75,6 +78,8 @@ enum Wait {
     Nothing,
     /// Replies, which will come: the table of requests without one is full.
     Replies,
+    /// The device's own thread, which may wait for a disk. A vCPU was at work.
+    Worker,
     /// Room in the socket. Replies need not come, since there are requests without: so it is the room itself that is watched for.
     Room,
 }
@@ -85,6 +90,8 @@ pub struct Fs {
     server: Server,
     pending: Pending,
     handles: Handles,
+    /// A vCPU is at work, which does not wait.
+    on_vcpu: bool,
     /// By queue.
     waits: [Wait; 2],
     /// The server has had requests since the last reset.
@@ -111,6 +118,7 @@ impl Fs {
             server: Server::new(server),
             pending: Pending::default(),
             handles: Handles::default(),
+            on_vcpu: false,
             waits: [Wait::Nothing; 2],
             in_use: false,
             destroy_owed: false,
@@ -154,7 +162,11 @@ impl Fs {
                 return self.answer(memory, header.unique, Err(libc::EIO));
             }
             _ if self.server.fd().is_none() => return self.answer(memory, header.unique, Err(libc::EIO)),
-            Operation::Read => return self.read(memory, header.unique),
+            // These may wait: for room among the pages to be written, for a file's end.
+            Operation::Write | Operation::Release | Operation::Destroy if self.on_vcpu => {
+                return Ok(self.leave(queue, Wait::Worker));
+            }
+            Operation::Read => return self.read(queue, memory, header.unique),
             Operation::Write => return self.write(memory, header.unique),
             _ if length > REQUEST_MAX => return self.answer(memory, header.unique, Err(libc::EIO)),
             Operation::Destroy => {
@@ -177,6 +189,12 @@ impl Fs {
         self.forward(queue, head, memory, header)
     }
 
+    /// Leaves the request at hand in the ring.
+    fn leave(&mut self, queue: usize, wait: Wait) -> Fate {
+        self.waits[queue] = wait;
+        Fate::Left
+    }
+
     /// Copies the request at hand out of guest memory, where the driver may go on to change it. Its header has been copied already.
     fn load(&mut self, memory: &Memory, length: usize) -> Result<(), DeviceError> {
         self.request.resize(length, 0);
@@ -192,13 +210,11 @@ impl Fs {
         header: InHeader,
     ) -> Result<Fate, DeviceError> {
         let Some(tag) = self.pending.next_tag() else {
-            self.waits[queue] = Wait::Replies;
-            return Ok(Fate::Left);
+            return Ok(self.leave(queue, Wait::Replies));
         };
         let sent = self.send(tag);
         if sent == Sent::Full {
-            self.waits[queue] = Wait::Room;
-            return Ok(Fate::Left);
+            return Ok(self.leave(queue, Wait::Room));
         }
         // The guest does not ask again, so the file is closed even if the server does not hear of it. `fuse_release_in` begins with the handle.
         if header.operation == Operation::Release && self.request.len() >= IN_HEADER + size_of::<u64>() {
@@ -296,6 +312,20 @@ impl VirtioDevice for Fs {
         // num_request_queues
         config.extend(1u32.to_le_bytes());
         config
+    }
+
+    fn works_on_vcpus(&self) -> bool {
+        true
+    }
+
+    fn notified(&mut self, queue: usize, io: &mut DeviceIo<'_>) -> Result<(), DeviceError> {
+        self.on_vcpu = true;
+        let mut result = self.serve(queue, io).and_then(|()| self.settle(io));
+        self.on_vcpu = false;
+        if result.is_ok() && self.waits[queue] == Wait::Worker {
+            result = io.hand_over(queue);
+        }
+        self.checked(result)
     }
 
     fn process_queue(&mut self, queue: usize, io: &mut DeviceIo<'_>) -> Result<(), DeviceError> {

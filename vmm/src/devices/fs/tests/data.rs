@@ -50,6 +50,68 @@ fn a_read_at_the_end_of_a_file_is_short() {
     assert_eq!(answer.body(), &pattern(5000)[4000..]);
 }
 
+/// Has a READ of four bytes made, with only a vCPU at work. True when it is answered.
+fn read_by_vcpu(world: &mut World, handle: u64) -> bool {
+    world.put(REQUESTS, 0, &request(op::READ, 9, &data_in(handle, 0, 4)), &[], &[16, 4]);
+    world.notify(REQUESTS).unwrap();
+    match world.used(REQUESTS).as_slice() {
+        [] => false,
+        [answer] => {
+            assert_eq!(answer.body(), b"text");
+            true
+        }
+        more => panic!("{more:?}"),
+    }
+}
+
+#[test]
+fn a_vcpu_reads_what_is_in_memory_without_the_devices_thread() {
+    let mut world = World::new();
+    world.open(5, &memory_file(b"text"));
+    // A tmpfs without RWF_NOWAIT is found out by the first read.
+    if !read_by_vcpu(&mut world, 5) {
+        assert!(world.handed_over(REQUESTS));
+        world.process_on_thread(REQUESTS).unwrap();
+        assert_eq!(world.answer().body(), b"text");
+    }
+    for _ in 0..3 {
+        assert!(read_by_vcpu(&mut world, 5));
+        assert!(!world.handed_over(REQUESTS));
+    }
+}
+
+#[test]
+fn a_vcpu_leaves_what_may_wait_to_the_devices_thread() {
+    // Neither RWF_NOWAIT nor a tmpfs.
+    let made_up = File::open("/proc/self/comm").unwrap();
+    let target = file(b"");
+    let mut world = World::new();
+    world.open(5, &made_up);
+    world.open(6, &target);
+    for _ in 0..2 {
+        world.put(REQUESTS, 0, &request(op::READ, 9, &data_in(5, 0, 1)), &[], &[16, 1]);
+        // What comes behind it waits with it.
+        world.put(REQUESTS, 1, &request(op::WRITE, 10, &write_in(6, 0, b"text")), &[], &[16, 8]);
+        world.notify(REQUESTS).unwrap();
+        assert!(world.used(REQUESTS).is_empty());
+        assert!(content(&target).is_empty());
+        assert!(world.handed_over(REQUESTS));
+        world.process_on_thread(REQUESTS).unwrap();
+        let uniques: Vec<_> = world.used(REQUESTS).iter().map(Used::unique).collect();
+        assert_eq!(uniques, [9, 10]);
+        assert_eq!(content(&target), b"text");
+        target.set_len(0).unwrap();
+    }
+    for (opcode, body) in [(op::RELEASE, &6u64.to_le_bytes()[..]), (op::DESTROY, &[])] {
+        world.put(REQUESTS, 0, &request(opcode, 11, body), &[], &[16]);
+        world.notify(REQUESTS).unwrap();
+        assert!(world.asked().is_none());
+        assert!(world.handed_over(REQUESTS));
+        world.process_on_thread(REQUESTS).unwrap();
+        assert_eq!(world.asked().unwrap().opcode(), opcode);
+    }
+}
+
 #[test]
 fn a_write_takes_scattered_memory_of_odd_sizes() {
     let target = file(&[1; 20]);

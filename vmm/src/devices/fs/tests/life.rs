@@ -190,6 +190,7 @@ fn only_what_was_never_in_use_is_restored() {
 fn the_devices_work_is_within_the_filters_of_the_threads_that_do_it() {
     let file = tempfile::tempfile().unwrap();
     let mut world = World::new();
+    world.has_vcpus = false;
     assert!(allows(Thread::Files, || {
         world.open(5, &file);
         let body = [&data_in(5, 0, 4)[..], b"text"].concat();
@@ -205,7 +206,17 @@ fn the_devices_work_is_within_the_filters_of_the_threads_that_do_it() {
     world.open(5, &file);
     world.ask(0, op::GETATTR, &[0; 16], 104);
     world.asked().unwrap();
+    let in_memory = memory_file(b"text");
+    world.open(6, &in_memory);
     assert!(allows(Thread::Vcpu, || {
+        for handle in [5, 6, 6] {
+            let read = request(op::READ, 9, &data_in(handle, 0, 4));
+            world.put(REQUESTS, 1, &read, &[], &[16, 4]);
+            world.notify(REQUESTS).unwrap();
+        }
+        let write = request(op::WRITE, 10, &data_in(5, 0, 0));
+        world.put(REQUESTS, 2, &write, &[], &[16, 8]);
+        world.notify(REQUESTS).unwrap();
         world.device.reset();
         assert_eq!(world.asked().unwrap().opcode(), op::DESTROY);
         // The server is gone when the next reset comes.

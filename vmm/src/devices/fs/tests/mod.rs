@@ -162,6 +162,8 @@ struct World {
     queues: Vec<Queue>,
     kicks: Vec<EventFd>,
     interrupt: Interrupt,
+    /// Otherwise the device's thread hears of notifications.
+    has_vcpus: bool,
     server: Option<OwnedFd>,
     /// Where each chain's writable pieces are.
     rooms: [Vec<Vec<Part>>; 2],
@@ -187,6 +189,7 @@ impl World {
             rings,
             kicks: vec![eventfd(), eventfd()],
             interrupt: Interrupt::new(registers, eventfd()),
+            has_vcpus: true,
             server: Some(server),
             unique: 1000,
         };
@@ -267,7 +270,23 @@ impl World {
         event == ring.available.wrapping_sub(1)
     }
 
+    /// The driver notifies a queue: the vCPU works, and then the device's thread, if anything has been handed over to it.
     fn process(&mut self, queue: usize) -> Result<(), DeviceError> {
+        if self.has_vcpus {
+            self.notify(queue)?;
+        }
+        if !self.has_vcpus || self.handed_over(queue) { self.process_on_thread(queue) } else { Ok(()) }
+    }
+
+    fn notify(&mut self, queue: usize) -> Result<(), DeviceError> {
+        self.work(|device, io| device.notified(queue, io))
+    }
+
+    fn handed_over(&self, queue: usize) -> bool {
+        self.kicks[queue].read().is_ok()
+    }
+
+    fn process_on_thread(&mut self, queue: usize) -> Result<(), DeviceError> {
         self.work(|device, io| device.process_queue(queue, io))
     }
 
@@ -420,6 +439,14 @@ fn open_files(file: &File) -> usize {
         ((metadata.dev(), metadata.ino()) == (own.dev(), own.ino())).then_some(())
     };
     std::fs::read_dir("/proc/self/fd").unwrap().filter_map(same).count()
+}
+
+/// A file of the kernel's own tmpfs.
+fn memory_file(content: &[u8]) -> File {
+    let file =
+        File::from(nix::sys::memfd::memfd_create("test", nix::sys::memfd::MFdFlags::MFD_CLOEXEC).unwrap());
+    std::os::unix::fs::FileExt::write_all_at(&file, content, 0).unwrap();
+    file
 }
 
 /// Bytes in which a lost or repeated piece shows.
