@@ -96,7 +96,7 @@ test: test-stage forky-image
 soak: test-stage forky-image
 	@tests/soak
 
-bench: test-stage
+bench: test-stage forky-image
 	@tests/bench
 
 lab: test-stage

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_tests::ctr::{self, Container, RUNC, ctr, ctr_run, in_background_of, runtime};
 use bulkhead_tests::files::busybox_tree;
-use bulkhead_tests::vm::{Result, ensure};
+use bulkhead_tests::vm::{Result, ensure, proc_file};
 
 use crate::density::{SETTLE, available};
 use crate::image::write_data;
@@ -36,27 +36,17 @@ const PATH: [&str; 2] = ["--env", "PATH=/bin"];
 pub(crate) fn measure() -> Result<Vec<Row>> {
     ctr::image()?;
     let own = runtime();
-    let mut rows = Vec::new();
-    for snapshotter in ctr::snapshotters()? {
-        let bar = match snapshotter {
-            "overlayfs" => Bar::TimesPeer(1.5),
-            "erofs" => Bar::TimesPeer(1.3),
-            _ => continue,
-        };
-        let runs = |runtime| {
-            let options = ["--rm", "--snapshotter", snapshotter];
-            repeat(|| Ok(timed(&mut ctr_run(runtime, NAME, &options, &["true"])?)?.0))
-        };
-        let name = format!("ctr run --rm busybox true, {snapshotter}");
-        rows.push(Row::ms(name, &runs(&own)?).beside(PEER, &runs(RUNC)?).bar(bar));
-    }
+    let mut rows = vec![runs(&own, "overlayfs", 1.5)?];
     let row = |name, own: &[Duration], runc: &[Duration], times| {
         Row::ms(name, own).beside(PEER, runc).bar(Bar::TimesPeer(times))
     };
     // Thousands of interrupts, of which the lab's QEMU delivers one too many now and then: what cannot be had is said.
-    let mut add = |what: &str, measured: Result<Vec<Row>>| match measured {
+    let mut add = |what: &'static str, measured: Result<Vec<Row>>| match measured {
         Ok(measured) => rows.extend(measured),
-        Err(error) => eprintln!("not measured: {what}: {error}"),
+        Err(error) => {
+            eprintln!("{what}: {error}");
+            rows.push(Row::unmeasured(what));
+        }
     };
     let once = |name, measure: fn(&str) -> Result<Vec<Duration>>| -> Result<Vec<Row>> {
         Ok(vec![row(name, &measure(&own)?, &measure(RUNC)?, 1.0)])
@@ -94,8 +84,28 @@ pub(crate) fn measure() -> Result<Vec<Row>> {
     let memory = [idle(&own)?];
     let name = "host memory of an idle container, 11th to 20th";
     rows.push(Row::mib(name, &memory).beside_mib(PEER, &[idle(RUNC)?]).bar(Bar::AtMost(45.0)));
+    let name = "resident memory of an idle shim";
+    rows.push(Row::mib(name, &[shim(&own)?]).beside_mib(PEER, &[shim(RUNC)?]).bar(Bar::AtMost(12.0)));
     ctr::stop();
     Ok(rows)
+}
+
+/// What containerd 2.1 is needed for.
+pub(crate) fn erofs() -> Result<Vec<Row>> {
+    ctr::image()?;
+    ensure(ctr::snapshotters()?.contains(&"erofs"), || "containerd has no erofs snapshotter".to_owned())?;
+    let rows = vec![runs(&runtime(), "erofs", 1.3)?];
+    ctr::stop();
+    Ok(rows)
+}
+
+fn runs(own: &str, snapshotter: &str, times: f64) -> Result<Row> {
+    let runs = |runtime| {
+        let options = ["--rm", "--snapshotter", snapshotter];
+        repeat(|| Ok(timed(&mut ctr_run(runtime, NAME, &options, &["true"])?)?.0))
+    };
+    let name = format!("ctr run --rm busybox true, {snapshotter}");
+    Ok(Row::ms(name, &runs(own)?).beside(PEER, &runs(RUNC)?).bar(Bar::TimesPeer(times)))
 }
 
 type Pairs = Vec<[Duration; 2]>;
@@ -202,4 +212,29 @@ fn idle(runtime: &str) -> Result<u64> {
         end(container)?;
     }
     Ok(each)
+}
+
+/// Resident memory of the shim of a container that does nothing, in bytes.
+fn shim(runtime: &str) -> Result<u64> {
+    let container = sleeper(runtime, NAME)?;
+    sleep(SETTLE);
+    let program = match runtime {
+        RUNC => "containerd-shim-runc-v2",
+        _ => "containerd-shim-bulkhead-v2",
+    };
+    let mut shims = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let entry = entry?;
+        // A process that ends meanwhile has no program.
+        let runs = fs::read_link(entry.path().join("exe")).is_ok_and(|exe| exe.ends_with(program));
+        if let (true, Ok(pid)) = (runs, entry.file_name().to_string_lossy().parse()) {
+            shims.push(pid);
+        }
+    }
+    ensure(shims.len() == 1, || format!("{} shims instead of one", shims.len()))?;
+    let status = proc_file(shims[0], "status")?;
+    let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next());
+    let kib: u64 = resident.ok_or("the shim has no VmRSS")?.parse()?;
+    end(&container)?;
+    Ok(kib * 1024)
 }

@@ -74,6 +74,10 @@ fn measure(subjects: &[String]) -> Result {
     say("exec", &|| exec::measure(bundle()?))?;
     say("read", &|| read::measure(bundle()?))?;
     say("containerd", &containerd::measure)?;
+    // Not part of everything: it needs another containerd.
+    if subjects.iter().any(|named| named == "erofs") {
+        say("erofs", &containerd::erofs)?;
+    }
     eprint!("{}", report::verdict(&rows));
     println!("{:#}", report::document(&environment::describe()?, &rows));
     Ok(())

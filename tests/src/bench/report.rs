@@ -39,6 +39,11 @@ impl Row {
         Self::new(name, "MiB", mib(bytes))
     }
 
+    /// What should have been measured and could not be: its bar is missed.
+    pub(crate) fn unmeasured(name: impl Into<String>) -> Self {
+        Self::new(name, "", Vec::new()).bar(Bar::AtMost(0.0))
+    }
+
     fn new(name: impl Into<String>, unit: &'static str, samples: Vec<f64>) -> Self {
         Self { name: name.into(), unit, samples, peer: None, bar: None }
     }
@@ -58,28 +63,31 @@ impl Row {
         Self { bar: Some(bar), ..self }
     }
 
-    fn value(&self) -> f64 {
+    /// None when nothing was measured.
+    fn value(&self) -> Option<f64> {
         median(&self.samples)
     }
 
     /// How many times the peer's value this row's is.
     fn factor(&self) -> Option<f64> {
-        self.peer.as_ref().map(|peer| self.value() / median(&peer.samples))
+        Some(self.value()? / median(&self.peer.as_ref()?.samples)?)
     }
 
     /// Whether the bar is met, if there is one. A bar that cannot be judged is missed.
     fn met(&self) -> Option<bool> {
         self.bar.map(|bar| match bar {
-            Bar::AtMost(most) => self.value() <= most,
+            Bar::AtMost(most) => self.value().is_some_and(|value| value <= most),
             Bar::TimesPeer(times) => self.factor().is_some_and(|factor| factor <= times),
         })
     }
 
     fn line(&self) -> String {
-        let value = format!("{:.2} {}", self.value(), self.unit);
-        let peer = self.peer.as_ref();
-        let peer =
-            peer.map_or_else(String::new, |peer| format!("{} {:.2}", peer.name, median(&peer.samples)));
+        let Some(value) = self.value() else {
+            return format_line([&self.name, "not measured", "", "", "", "missed"]);
+        };
+        let value = format!("{value:.2} {}", self.unit);
+        let peer = self.peer.as_ref().and_then(|peer| Some((peer.name, median(&peer.samples)?)));
+        let peer = peer.map_or_else(String::new, |(name, value)| format!("{name} {value:.2}"));
         let factor = self.factor().map_or_else(String::new, |factor| format!("{factor:.2}x"));
         let bar = match self.bar {
             None => String::new(),
@@ -149,10 +157,10 @@ fn mib(bytes: &[u64]) -> Vec<f64> {
     bytes.iter().map(|bytes| *bytes as f64 / f64::from(1 << 20)).collect()
 }
 
-fn median(samples: &[f64]) -> f64 {
+fn median(samples: &[f64]) -> Option<f64> {
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
+    sorted.get(sorted.len() / 2).copied()
 }
 
 #[cfg(test)]
@@ -177,6 +185,7 @@ mod tests {
         let row = |own| Row::ms("row", &times(&[own])).beside("peer", &times(&[10])).bar(Bar::TimesPeer(2.0));
         assert_eq!((row(20).met(), row(21).met()), (Some(true), Some(false)));
         assert_eq!(Row::ms("row", &times(&[1])).bar(Bar::TimesPeer(2.0)).met(), Some(false));
+        assert_eq!(Row::unmeasured("row").met(), Some(false));
     }
 
     #[test]
@@ -185,12 +194,16 @@ mod tests {
             Row::ms("time", &times(&[20])).beside("peer", &times(&[10])).bar(Bar::TimesPeer(1.5)),
             Row::ms("  part", &times(&[5])),
             Row::mib("size", &[1 << 20]).bar(Bar::AtMost(5.0)),
+            Row::unmeasured("more"),
         ];
         let table = lines(&rows) + &verdict(&rows);
         let lines: Vec<String> =
             table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
         assert_eq!(lines[0], "time 20.00 ms peer 10.00 2.00x 1.5x missed");
-        assert_eq!(lines[1..], ["part 5.00 ms", "size 1.00 MiB 5 MiB met", "1 of 2 bars met"]);
+        assert_eq!(
+            lines[1..],
+            ["part 5.00 ms", "size 1.00 MiB 5 MiB met", "more not measured missed", "1 of 3 bars met"]
+        );
     }
 
     #[test]
