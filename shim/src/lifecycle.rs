@@ -350,13 +350,12 @@ async fn kill(task: Arc<Task>, exec_id: String, signal: u32, all: bool) -> Resul
     } else {
         sending.await
     };
+    // Whatever the guest says: it may not do what it says, and an error of its making must not be what keeps it alive.
+    if is_kill && exec_id.is_empty() {
+        tokio::spawn(see_to_its_end(Arc::clone(&task), Arc::clone(machine)));
+    }
     match sent {
-        Ok(()) => {
-            if is_kill && exec_id.is_empty() {
-                tokio::spawn(see_to_its_end(Arc::clone(&task), Arc::clone(machine)));
-            }
-            Ok(())
-        }
+        Ok(()) => Ok(()),
         Err(error) if error.code() == Some(Code::NOT_FOUND) => match process.state() {
             State::Starting if !exec_id.is_empty() => Err(TaskError::NotStarted),
             _ => Err(TaskError::Finished),

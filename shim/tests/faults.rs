@@ -172,6 +172,18 @@ async fn a_guest_that_only_says_that_it_kills_is_ended() {
 }
 
 #[tokio::test]
+async fn a_guest_that_answers_a_sigkill_with_an_error_is_ended() {
+    for (told, code) in [("FAKE_REFUSES=1", Code::FAILED_PRECONDITION), ("FAKE_DENIES=1", Code::NOT_FOUND)] {
+        let host = Host::new().await;
+        let shim = host.created("web", &["/bin/sleep", "600"], &[told]).await;
+        shim.start("").await.unwrap();
+        assert_eq!(shim.kill("", SIGKILL).await.unwrap_err().0, code);
+        assert_eq!(shim.wait("").await.unwrap(), 137);
+        shim.finish(&host).await;
+    }
+}
+
+#[tokio::test]
 async fn a_signal_for_an_exec_that_does_not_start_is_not_taken_for_one_that_has_ended() {
     let host = Host::new().await;
     let shim = host.running("web", &["/bin/sleep", "600"]).await;

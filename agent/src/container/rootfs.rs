@@ -4,14 +4,18 @@
 //! Everything is made with the file-descriptor mount calls: overlayfs takes a layer a call (`lowerdir+`), where mount(2)
 //! has one page for all of them, and no path in an image is ever followed.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::agent::rootfs::Upper;
 use bulkhead_protocol::agent::{BlockSource, Rootfs};
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat2};
+use rustix::fs::{
+    AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2, unlinkat,
+};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags, fsconfig_create,
@@ -116,12 +120,36 @@ pub(crate) fn create_working_directory(root: &OwnedFd, path: &Path) -> Result<()
 pub(crate) fn remove(directory: &Path) -> Result<(), Error> {
     unmount_if_mounted(&directory.join("rootfs"))?;
     unmount_parts(directory)?;
-    match fs::remove_dir_all(directory) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(Error::Unmount(directory.to_owned(), error))
+    let parent = directory.parent().unwrap_or(Path::new("/"));
+    let Some(name) = directory.file_name() else { return Ok(()) };
+    let removed = openat(CWD, parent, DIRECTORY, Mode::empty()).and_then(|parent| remove_tree(&parent, name));
+    removed.map_err(|error| Error::Unmount(directory.to_owned(), error.into()))
+}
+
+const DIRECTORY: OFlags =
+    OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+
+/// Removes a directory and what is in it, but never enters a mount: what is mounted there is an image's or the host's.
+///
+/// # Errors
+/// EXDEV when something is mounted below, or what else the kernel said. What was never there is fine.
+fn remove_tree(parent: &OwnedFd, name: &OsStr) -> Result<(), Errno> {
+    let resolve = ResolveFlags::NO_XDEV | ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+    let directory = match openat2(parent, name, DIRECTORY, Mode::empty(), resolve) {
+        Ok(directory) => directory,
+        Err(Errno::NOENT) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    for entry in Dir::read_from(&directory)? {
+        let entry = entry?;
+        let name = OsStr::from_bytes(entry.file_name().to_bytes());
+        match entry.file_type() {
+            _ if name == "." || name == ".." => {}
+            FileType::Directory => remove_tree(&directory, name)?,
+            _ => unlinkat(&directory, name, AtFlags::empty())?,
         }
-        _ => Ok(()),
     }
+    unlinkat(parent, name, AtFlags::REMOVEDIR)
 }
 
 /// overlayfs keeps what it is made of alive, so the parts are reachable by a path only while it is put together.
@@ -170,10 +198,14 @@ fn unmount_parts(directory: &Path) -> Result<(), Error> {
     layers.map(|entry| entry.path()).try_for_each(|layer| unmount_if_mounted(&layer))
 }
 
+/// Whatever is mounted, one above the other.
 fn unmount_if_mounted(target: &Path) -> Result<(), Error> {
-    match unmount(target, UnmountFlags::NOFOLLOW) {
-        Ok(()) | Err(Errno::INVAL | Errno::NOENT) => Ok(()),
-        Err(error) => Err(Error::Unmount(target.to_owned(), error.into())),
+    loop {
+        match unmount(target, UnmountFlags::NOFOLLOW) {
+            Ok(()) => {}
+            Err(Errno::INVAL | Errno::NOENT) => return Ok(()),
+            Err(error) => return Err(Error::Unmount(target.to_owned(), error.into())),
+        }
     }
 }
 
@@ -255,8 +287,7 @@ fn create_directory(path: &Path) -> Result<(), Error> {
 
 fn open_directory(path: &Path) -> Result<OwnedFd, Error> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    rustix::fs::openat(CWD, path, flags, Mode::empty())
-        .map_err(|error| Error::Open(path.to_owned(), error.into()))
+    openat(CWD, path, flags, Mode::empty()).map_err(|error| Error::Open(path.to_owned(), error.into()))
 }
 
 #[cfg(test)]
@@ -290,6 +321,27 @@ mod tests {
         // The link leads to a path that does not exist below the root: nothing is made anywhere.
         assert!(create_working_directory(&opened, Path::new("/out/x")).is_err());
         assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_containers_directory_is_removed_whole_and_links_in_it_are_not_followed() {
+        let parent = tempfile::tempdir().unwrap();
+        let outside = tempfile::tempdir().unwrap();
+        fs::write(outside.path().join("file"), "kept").unwrap();
+        let directory = parent.path().join("a");
+        fs::create_dir_all(directory.join("layers/0/deep")).unwrap();
+        fs::write(directory.join("config.json"), "{}").unwrap();
+        symlink(outside.path(), directory.join("layers/link")).unwrap();
+        remove(&directory).unwrap();
+        remove(&directory).unwrap();
+        assert!(!directory.exists());
+        assert_eq!(fs::read(outside.path().join("file")).unwrap(), b"kept");
+    }
+
+    #[test]
+    fn what_is_mounted_is_not_removed() {
+        let root = openat(CWD, "/", DIRECTORY, Mode::empty()).unwrap();
+        assert_eq!(remove_tree(&root, OsStr::new("proc")), Err(Errno::XDEV));
     }
 
     #[test]

@@ -81,10 +81,15 @@ impl Shares {
     /// # Errors
     /// [`Error`] names the share.
     pub(super) fn directory(&self, name: &str) -> Result<OwnedFd, Error> {
-        let (share, kind) = self.open(name)?;
-        if kind != FileType::Directory {
-            return Err(Error::Kind(name.to_owned(), "directory"));
-        }
+        // Opened as a directory, so that the kernel mounts the share's file system in its place first. To clone the place would bring a mount
+        // that is covered by another as soon as somebody looks.
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let share = match openat2(&self.0, name, flags, Mode::empty(), ResolveFlags::BENEATH) {
+            Ok(share) => share,
+            Err(Errno::NOENT) => return Err(Error::NoShare(name.to_owned())),
+            Err(Errno::NOTDIR | Errno::LOOP) => return Err(Error::Kind(name.to_owned(), "directory")),
+            Err(error) => return Err(Error::Open(name.to_owned(), error.into())),
+        };
         let flags =
             OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
         open_tree(&share, "", flags).map_err(|error| Error::Open(name.to_owned(), error.into()))

@@ -420,6 +420,13 @@ impl Agent for Service {
         if told("FAKE_DEAF=") {
             std::future::pending::<()>().await;
         }
+        for (variable, code) in
+            [("FAKE_REFUSES=", Code::FAILED_PRECONDITION), ("FAKE_DENIES=", Code::NOT_FOUND)]
+        {
+            if told(variable) {
+                return Err(refused(code, "it is left alone"));
+            }
+        }
         let number = i32::try_from(request.signal).map_err(internal)?;
         let signal = Signal::from_named_raw(number).ok_or_else(|| internal("no such signal"))?;
         let processes = self.processes.lock().unwrap();

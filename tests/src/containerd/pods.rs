@@ -2,15 +2,18 @@
 
 use bulkhead_tests::bulkhead::{expect_code, stdout};
 use bulkhead_tests::ctr::{Container, NAMESPACE, in_background, is_runc, processes_called, status, tasks};
+use bulkhead_tests::files::busybox_tree;
 use bulkhead_tests::vm::{Result, ensure};
 use libtest_mimic::Trial;
 
+use crate::roots::{all_there, paths_below};
 use crate::trial;
 
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
         trial("pods: containers of a pod share a shim, a network and a hostname, not a root", shared),
         trial("pods: a container of a pod ends and is deleted without the others", one_ends),
+        trial("pods: a container that is deleted leaves a directory of the host as it was", root_kept),
         trial("pods: a container joins after another one has gone", joins_later),
     ]
 }
@@ -76,6 +79,28 @@ fn one_ends() -> Result {
     short.delete()?;
     ensure(status("pod")? == "RUNNING", || "the pod has ended, too".to_owned())?;
     expect_code(&pod.exec(&["true"])?, 0)?;
+    pod.end()
+}
+
+fn root_kept() -> Result {
+    let directory = tempfile::tempdir()?;
+    let tree = directory.path().join("tree");
+    busybox_tree(&tree)?;
+    let before = paths_below(&tree)?;
+    let root = tree.to_str().ok_or("a temporary directory")?;
+    let pod = sandbox("pod", &[])?;
+    for _ in 0..2 {
+        let membership = membership("pod")?;
+        let mut options: Vec<_> = membership.iter().map(String::as_str).collect();
+        options.extend(["--env", "PATH=/bin", "--rootfs", root]);
+        let member =
+            in_background("member", &options, &["sh", "-c", "echo text >>/written; exec sleep 1000"])?;
+        expect_code(&member.exec(&["test", "-s", "/written"])?, 0)?;
+        member.end()?;
+        all_there(&before, &tree)?;
+    }
+    let written = std::fs::read_to_string(tree.join("written"))?;
+    ensure(written == "text\ntext\n", || format!("{written:?}"))?;
     pod.end()
 }
 

@@ -1,5 +1,8 @@
 //! A container's root, whichever snapshotter has made it.
 
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
 use bulkhead_tests::bulkhead::{expect_code, stderr, stdout};
 use bulkhead_tests::ctr::{Container, ctr, in_background, run, run_command};
 use bulkhead_tests::files::busybox_tree;
@@ -25,8 +28,11 @@ pub(crate) fn tests(snapshotters: &[&'static str]) -> Vec<Trial> {
             trial(format!("{snapshotter}: {name}"), move || test(snapshotter))
         })
     });
-    each.chain([trial("rootfs: a directory of the host is a root, and both see what is written", directory)])
-        .collect()
+    each.chain([
+        trial("rootfs: a directory of the host is a root, and both see what is written", directory),
+        trial("rootfs: a creation that fails leaves a directory of the host as it was", kept),
+    ])
+    .collect()
 }
 
 fn exit_codes(snapshotter: &'static str) -> Result {
@@ -91,4 +97,37 @@ fn directory() -> Result {
     expect_code(&output, 0)?;
     let written = std::fs::read_to_string(tree.join("from-container"))?;
     ensure(stdout(&output) == "host\n" && written == "container\n", || format!("{output:?}, {written:?}"))
+}
+
+fn kept() -> Result {
+    let directory = tempfile::tempdir()?;
+    let tree = directory.path().join("tree");
+    busybox_tree(&tree)?;
+    let before = paths_below(&tree)?;
+    let root = tree.to_str().ok_or("a temporary directory")?;
+    for more in [&["--cwd", "/etc/passwd"][..], &["--cwd", "/etc/passwd", "--read-only"]] {
+        let options = [&["--rm", "--env", "PATH=/bin", "--rootfs", root], more].concat();
+        expect_code(&run_command("once", &options, &["true"])?.output()?, 1)?;
+        all_there(&before, &tree)?;
+    }
+    Ok(())
+}
+
+/// Everything below a directory.
+pub(crate) fn paths_below(directory: &Path) -> Result<BTreeSet<PathBuf>> {
+    let mut found = BTreeSet::new();
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            found.extend(paths_below(&entry.path())?);
+        }
+        found.insert(entry.path());
+    }
+    Ok(found)
+}
+
+/// A runtime may add mount points.
+pub(crate) fn all_there(before: &BTreeSet<PathBuf>, directory: &Path) -> Result {
+    let after = paths_below(directory)?;
+    ensure(before.is_subset(&after), || format!("{} of {} files are left", after.len(), before.len()))
 }
