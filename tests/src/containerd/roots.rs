@@ -106,8 +106,10 @@ fn kept() -> Result {
     let before = paths_below(&tree)?;
     let root = tree.to_str().ok_or("a temporary directory")?;
     for more in [&["--cwd", "/etc/passwd"][..], &["--cwd", "/etc/passwd", "--read-only"]] {
-        let options = [&["--rm", "--env", "PATH=/bin", "--rootfs", root], more].concat();
-        expect_code(&run_command("once", &options, &["true"])?.output()?, 1)?;
+        let options = [&["--rm", "--env", "PATH=/bin"], more, &["--rootfs", root]].concat();
+        let output = run_command("once", &options, &["true"])?.output()?;
+        expect_code(&output, 1)?;
+        ensure(stderr(&output).contains("/etc/passwd"), || stderr(&output))?;
         all_there(&before, &tree)?;
     }
     Ok(())
