@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl::set_pdeathsig;
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use nix::sys::signal::Signal;
 use nix::unistd::{Gid, Uid, chdir, pivot_root, setgroups, setresgid, setresuid};
 
@@ -60,6 +60,11 @@ impl Jail {
         step("limit descriptors", setrlimit(Resource::RLIMIT_NOFILE, NOFILE, NOFILE))?;
         step("limit threads", setrlimit(Resource::RLIMIT_NPROC, NPROC, NPROC))?;
         step("limit core dumps", setrlimit(Resource::RLIMIT_CORE, 0, 0))?;
+        // What the guest writes may go to files that are larger than the owner's own may be.
+        step(
+            "lift the limit on file sizes",
+            setrlimit(Resource::RLIMIT_FSIZE, RLIM_INFINITY, RLIM_INFINITY),
+        )?;
         step("drop groups", setgroups(&[]))?;
         let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
         step("change gid", setresgid(gid, gid, gid))?;

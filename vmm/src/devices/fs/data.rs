@@ -89,8 +89,8 @@ impl Fs {
     }
 }
 
-/// Moves the data of a READ or WRITE, and says how much that was: less than was asked for only at the end of the file, or when the host
-/// has no room or fails halfway. The error is an errno; what is wanted at once comes whole or not at all.
+/// Moves the data of a READ or WRITE, and says how much that was. A READ moves less than was asked for at the end of the file and nowhere
+/// else, for that is what the guest would take it for. A WRITE does so when the host has no room or fails halfway. The error is an errno.
 fn move_data(
     memory: &Memory,
     file: &File,
@@ -102,7 +102,7 @@ fn move_data(
     let result = transfer(file, asked.offset, &mut rest, direction);
     let moved = asked.size - rest.iter().map(vm_memory::VolatileSlice::len).sum::<usize>();
     Ok(match result {
-        Err(error) if moved == 0 || matches!(direction, Direction::ReadAtOnce(_)) => {
+        Err(error) if moved == 0 || direction != Direction::Write => {
             Err(error.raw_os_error().unwrap_or(libc::EIO))
         }
         _ => Ok(moved),

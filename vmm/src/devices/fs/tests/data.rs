@@ -65,6 +65,25 @@ fn read_by_vcpu(world: &mut World, handle: u64) -> bool {
 }
 
 #[test]
+fn a_read_that_fails_halfway_is_an_error_and_not_the_end_of_the_file() {
+    use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+
+    let page = std::num::NonZero::new(4096).unwrap();
+    let pages = std::num::NonZero::new(8192).unwrap();
+    // A page of this process, and behind it none. It is there as long as the test reads it.
+    // SAFETY: a new mapping that nothing else knows, and the second half of it.
+    let address = unsafe {
+        let address = mmap_anonymous(None, pages, ProtFlags::PROT_READ, MapFlags::MAP_PRIVATE).unwrap();
+        munmap(address.byte_add(page.get()), page.get()).unwrap();
+        address.as_ptr() as u64
+    };
+    let mut world = World::new();
+    world.open(5, &File::open("/proc/self/mem").unwrap());
+    assert_eq!(world.ask_device(op::READ, &data_in(5, address, 4096), 4096).body().len(), 4096);
+    assert_eq!(world.ask_device(op::READ, &data_in(5, address, 8192), 8192).error(), -libc::EIO);
+}
+
+#[test]
 fn a_vcpu_reads_what_is_in_memory_without_the_devices_thread() {
     let mut world = World::new();
     world.open(5, &memory_file(b"text"));
