@@ -18,6 +18,21 @@ use crate::image_file::{self, Format, ImageFileError};
 use crate::share::{self, Depth, ShareError};
 use crate::sizing::cpu_count;
 
+/// What statfs(2) says of file systems through which a kernel is looked at and steered (linux/magic.h), and their names.
+const KERNEL_MAGIC: [(i64, &str); 12] = [
+    (0x9fa0, "proc"),
+    (0x6265_6572, "sysfs"),
+    (0x0027_e0eb, "cgroup"),
+    (0x6367_7270, "cgroup2"),
+    (0x6462_6720, "debugfs"),
+    (0x7472_6163, "tracefs"),
+    (0x7363_6673, "securityfs"),
+    (0xf97c_ff8c, "selinuxfs"),
+    (0x6265_6570, "configfs"),
+    (0xcafe_4a11, "bpf"),
+    (0x6165_676c, "pstore"),
+    (0xde5e_81e4, "efivarfs"),
+];
 /// What statfs(2) says of EROFS.
 const EROFS_MAGIC: i64 = 0xe0f5_e1e2;
 /// The image of a layer, beside the directory where containerd's erofs snapshotter has mounted it.
@@ -96,6 +111,9 @@ pub enum HandoverError {
     /// A disk with something else than ext4.
     #[error("{0} holds no ext4: set the snapshotter's file system to ext4")]
     NotExt4(PathBuf),
+    /// A disk that nobody may write to.
+    #[error("{0} is read-only: run the container from a snapshot of its own (prepare), not from a view")]
+    View(PathBuf),
     /// A disk that cannot be opened.
     #[error("cannot use the disk {0}: a disk that is mounted on the host cannot be a guest's as well")]
     Disk(PathBuf, #[source] io::Error),
@@ -111,6 +129,18 @@ pub enum HandoverError {
         host: PathBuf,
         /// In the container.
         destination: PathBuf,
+    },
+    /// A bind mount of what the host's kernel says of itself.
+    #[error(
+        "{host} cannot be mounted at {destination}: the {kind} of the host is not shared with a virtual machine, which has its own"
+    )]
+    Kernel {
+        /// On the host.
+        host: PathBuf,
+        /// In the container.
+        destination: PathBuf,
+        /// Its file system.
+        kind: &'static str,
     },
     /// A bind mount without a source.
     #[error("the mount at {0} has no source")]
@@ -159,6 +189,8 @@ pub fn root(mounts: &[RootfsMount], directory: Option<&Path>) -> Result<Root, Ha
             (_, Format::Erofs) => Ok(Root::Layers { images: vec![source.to_owned()], above: Above::Memory }),
             (_, Format::Ext4) => Err(HandoverError::Type("ext4 in a mount of type erofs".into())),
         },
+        // A view: the disk is what later snapshots are copied from, and a guest that had it would have it to write to.
+        "ext4" if has("ro") => Err(HandoverError::View(source.to_owned())),
         "ext4" => Ok(Root::Ext4(open_disk(source)?)),
         other => Err(HandoverError::Type(other.chars().take(64).collect())),
     }
@@ -222,6 +254,10 @@ pub fn take_binds(spec: &mut Spec, id: &str, bundle: &Path) -> Result<Vec<Bind>,
         let kind = fs::metadata(&source).map_err(|e| ShareError::Open(source.clone(), e))?.file_type();
         if kind.is_block_device() || kind.is_char_device() {
             return Err(HandoverError::Device { host: source, destination });
+        }
+        let magic = share::file_system_magic(&source).map_err(|e| ShareError::Open(source.clone(), e))?;
+        if let Some((_, kind)) = KERNEL_MAGIC.iter().find(|(known, _)| *known == magic) {
+            return Err(HandoverError::Kernel { host: source, destination, kind });
         }
         let has = |wanted: &[&str]| {
             mount.options().iter().flatten().any(|option| wanted.contains(&option.as_str()))
@@ -353,6 +389,8 @@ mod tests {
         image[1036] = 12;
         fs::write(&erofs, &image).unwrap();
         assert!(matches!(root(&[mount("ext4", &ext4, &["loop", "rw"])], None).unwrap(), Root::Ext4(_)));
+        let view = root(&[mount("ext4", &ext4, &["loop", "ro"])], None);
+        assert!(matches!(view, Err(HandoverError::View(_))));
         let Root::Layers { images, above: Above::Memory } =
             root(&[mount("erofs", &erofs, &["ro", "loop"])], None).unwrap()
         else {
@@ -399,6 +437,13 @@ mod tests {
             take_binds(&mut spec(&json!({"ociVersion": "1.2.0", "mounts": mounts})), "c", Path::new("/"))
         };
         assert!(matches!(with("/dev/null"), Err(HandoverError::Device { .. })));
+        for (source, kind) in [("/proc", "proc"), ("/proc/sys/kernel", "proc"), ("/sys", "sysfs")] {
+            let refused = with(source);
+            assert!(
+                matches!(&refused, Err(HandoverError::Kernel { kind: k, .. }) if *k == kind),
+                "{refused:?}"
+            );
+        }
         assert!(with("/nonexistent").unwrap_err().to_string().contains("/nonexistent"));
     }
 

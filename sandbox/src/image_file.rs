@@ -2,7 +2,7 @@
 //! whether all of it is there.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -46,7 +46,8 @@ pub enum ImageFileError {
 pub fn open(path: &Path) -> Result<(File, Format), ImageFileError> {
     let failed = |e| ImageFileError::Read(path.to_owned(), e);
     let file = File::open(path).map_err(failed)?;
-    let actual = file.metadata().map_err(failed)?.len();
+    // Of a block device, whose metadata has none, as well.
+    let actual = (&file).seek(SeekFrom::End(0)).map_err(failed)?;
     let mut superblock = [0; 1024];
     match file.read_exact_at(&mut superblock, SUPERBLOCK) {
         Ok(()) => {}

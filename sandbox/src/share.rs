@@ -87,7 +87,7 @@ pub fn overlay(options: &[String]) -> Result<OwnedFd, ShareError> {
         match (option.as_str(), option.split_once('=')) {
             (_, Some(("lowerdir", layers))) => match layers.split(':').collect::<Vec<_>>()[..] {
                 [layer] => set("lowerdir", layer)?,
-                // One by one (Linux 6.5): together they may be longer than one value.
+                // One by one (Linux 6.8): together they may be longer than one value.
                 ref layers => layers.iter().try_for_each(|layer| set("lowerdir+", layer))?,
             },
             (_, Some((key, value))) => set(key, value)?,
