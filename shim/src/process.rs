@@ -1,5 +1,6 @@
 //! One process of a container: its first one, or an exec.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
@@ -85,6 +86,8 @@ pub(crate) struct Process {
     pub(crate) stdio: Stdio,
     state: watch::Sender<State>,
     attached: Mutex<Option<Arc<Attached>>>,
+    /// The client has closed the input, perhaps before there was any copying. Set and read with `attached` locked.
+    input_closed: AtomicBool,
     /// Rows and columns of its terminal, as last told.
     size: Mutex<(u16, u16)>,
 }
@@ -98,6 +101,7 @@ impl Process {
             stdio,
             state: watch::Sender::new(state),
             attached: Mutex::default(),
+            input_closed: AtomicBool::default(),
             size: Mutex::default(),
         }
     }
@@ -163,7 +167,20 @@ impl Process {
 
     /// Takes the copying of its streams.
     pub(crate) fn attach(&self, attached: Attached) {
-        *self.attached.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(attached));
+        let mut place = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.input_closed.load(Ordering::Relaxed) {
+            attached.close_stdin();
+        }
+        *place = Some(Arc::new(attached));
+    }
+
+    /// Ends its input, now or as soon as it has one.
+    pub(crate) fn close_input(&self) {
+        let attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
+        self.input_closed.store(true, Ordering::Relaxed);
+        if let Some(attached) = attached.as_ref() {
+            attached.close_stdin();
+        }
     }
 
     /// The copying of its streams, while it goes on.

@@ -158,8 +158,8 @@ impl Task for TaskService {
     async fn close_io(&self, _: &Context, request: api::CloseIORequest) -> Reply<api::Empty> {
         let task = self.shim.task(&request.id)?;
         let process = task.process(&request.exec_id)?;
-        if let Some(attached) = process.attached().filter(|_| request.stdin) {
-            attached.close_stdin();
+        if request.stdin {
+            process.close_input();
         }
         Ok(api::Empty::new())
     }

@@ -31,8 +31,9 @@ async fn running(host: &Host, args: &[&str], change: impl FnOnce(&mut api::Creat
     shim
 }
 
-async fn close_stdin(shim: &Shim) {
-    let request = api::CloseIORequest { id: shim.id.clone(), stdin: true, ..Default::default() };
+async fn close_stdin(shim: &Shim, exec_id: &str) {
+    let (id, exec_id) = (shim.id.clone(), exec_id.to_owned());
+    let request = api::CloseIORequest { id, exec_id, stdin: true, ..Default::default() };
     answer(shim.client.close_io(ctx(), &request).await).unwrap();
 }
 
@@ -68,7 +69,7 @@ async fn input_arrives_and_ends_when_it_is_closed() {
     // The writer is kept open, as containerd's clients do: only the call ends the input.
     let mut writer = File::options().read(true).write(true).open(&stdin).unwrap();
     writer.write_all(b"some words").unwrap();
-    close_stdin(&shim).await;
+    close_stdin(&shim, "").await;
     assert_eq!(shim.wait("").await.unwrap(), 0);
     assert_eq!(stdout.await, b"some words");
     shim.finish(&host).await;
@@ -83,9 +84,44 @@ async fn input_that_is_closed_before_the_start_is_empty() {
     let request = api::CreateTaskRequest { stdin: name(&stdin), ..shim.request() };
     shim.create(&request).await.unwrap();
     drop(File::options().write(true).open(&stdin).unwrap());
-    close_stdin(&shim).await;
+    close_stdin(&shim, "").await;
     shim.start("").await.unwrap();
     assert_eq!(shim.wait("").await.unwrap(), 0);
+    shim.finish(&host).await;
+}
+
+#[tokio::test]
+async fn input_goes_on_when_its_writer_has_gone_until_it_is_closed() {
+    let host = Host::new().await;
+    let (stdin, out) = (host.fifo("in"), host.fifo("out"));
+    let stdout = read(&out);
+    let shim = running(&host, &["/bin/cat"], |request| {
+        request.stdin = name(&stdin);
+        request.stdout = name(&out);
+    })
+    .await;
+    // A client that leaves, and one that attaches later.
+    for words in [b"first ", b"later "] {
+        File::options().write(true).open(&stdin).unwrap().write_all(words).unwrap();
+        assert_eq!(shim.status("").await, api::Status::RUNNING);
+    }
+    close_stdin(&shim, "").await;
+    assert_eq!(shim.wait("").await.unwrap(), 0);
+    assert_eq!(stdout.await, b"first later ");
+    shim.finish(&host).await;
+}
+
+#[tokio::test]
+async fn input_of_an_exec_that_is_closed_before_the_start_is_empty() {
+    let host = Host::new().await;
+    let stdin = host.fifo("in");
+    let shim = host.running("web", &["/bin/sleep", "600"]).await;
+    let request = api::ExecProcessRequest { stdin: name(&stdin), ..shim.exec_request("e", &["/bin/cat"]) };
+    shim.exec(&request).await.unwrap();
+    close_stdin(&shim, "e").await;
+    shim.start("e").await.unwrap();
+    assert_eq!(shim.wait("e").await.unwrap(), 0);
+    shim.kill("", SIGKILL).await.unwrap();
     shim.finish(&host).await;
 }
 
