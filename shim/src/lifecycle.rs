@@ -119,7 +119,8 @@ impl Shim {
 
     async fn run_exec(&self, exec: &Exec, machine: &Machine) -> Result<Attached, TaskError> {
         let process = &exec.process;
-        let owner = Owner { namespace: &self.namespace, id: &process.id.container_id };
+        // A logger is told the exec's name, as runc's shim tells it.
+        let owner = Owner { namespace: &self.namespace, id: &process.id.exec_id };
         let ends = HostEnds::open(&process.stdio, owner).await?;
         let size = process.size();
         let request = messages::ExecProcessRequest {
@@ -202,6 +203,11 @@ impl Shim {
                     Ok(())
                 }
                 Err(error) => {
+                    if matches!(error, AgentError::Timeout(_)) {
+                        // The guest may yet freeze a container that is said to run.
+                        let (machine, task) = (Arc::clone(&machine), Arc::clone(&task));
+                        tokio::spawn(async move { machine.agent().resume(&task.id).await });
+                    }
                     task.init.advance(State::Pausing, State::Running);
                     Err(explain(&machine, error.into()).await)
                 }

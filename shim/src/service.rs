@@ -47,6 +47,11 @@ impl Task for TaskService {
         let process = task.process(&request.exec_id)?;
         let state = process.state();
         let exit = state.exit();
+        // What runs in a frozen container is frozen with it.
+        let shown = match (state, task.init.state()) {
+            (State::Running, frozen @ (State::Pausing | State::Paused)) => frozen,
+            (state, _) => state,
+        };
         // An exec that has not been started has no process yet.
         let has_process = process.id.exec_id.is_empty() || state != State::Created;
         Ok(api::StateResponse {
@@ -54,7 +59,7 @@ impl Task for TaskService {
             exec_id: request.exec_id,
             bundle: task.bundle.display().to_string(),
             pid: if has_process { task.pid() } else { 0 },
-            status: EnumOrUnknown::new(state.status()),
+            status: EnumOrUnknown::new(shown.status()),
             stdin: process.stdio.stdin.clone(),
             stdout: process.stdio.stdout.clone(),
             stderr: process.stdio.stderr.clone(),

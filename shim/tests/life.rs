@@ -216,6 +216,26 @@ async fn a_container_is_frozen_measured_and_given_other_limits() {
 }
 
 #[tokio::test]
+async fn an_exec_in_a_frozen_container_is_shown_as_frozen() {
+    let host = Host::new().await;
+    let shim = host.running("web", &["/bin/sleep", "600"]).await;
+    for exec_id in ["runs", "waits"] {
+        shim.exec(&shim.exec_request(exec_id, &["/bin/sleep", "600"])).await.unwrap();
+    }
+    shim.start("runs").await.unwrap();
+    let pause = api::PauseRequest { id: "web".into(), ..Default::default() };
+    answer(shim.client.pause(ctx(), &pause).await).unwrap();
+    assert_eq!(shim.status("runs").await, Status::PAUSED);
+    assert_eq!(shim.status("waits").await, Status::CREATED);
+    let resume = api::ResumeRequest { id: "web".into(), ..Default::default() };
+    answer(shim.client.resume(ctx(), &resume).await).unwrap();
+    assert_eq!(shim.status("runs").await, Status::RUNNING);
+    shim.kill("", SIGKILL).await.unwrap();
+    shim.wait("").await.unwrap();
+    shim.finish(&host).await;
+}
+
+#[tokio::test]
 async fn memory_that_runs_out_is_told_before_the_end_and_once() {
     let host = Host::new().await;
     let shim = host.created("web", &["/bin/sh", "-c", "exit 137"], &["FAKE_OOM=1"]).await;

@@ -93,7 +93,7 @@ impl Stdio {
 pub(crate) struct Owner<'a> {
     /// containerd's namespace.
     pub(crate) namespace: &'a str,
-    /// The container.
+    /// The container, or the exec.
     pub(crate) id: &'a str,
 }
 
