@@ -20,9 +20,12 @@ use crate::sizing::MachineSize;
 const ROOT: &str = "/sys/fs/cgroup";
 /// Controllers that a sandbox's group uses.
 const CONTROLLERS: [&str; 3] = ["cpu", "cpuset", "memory"];
-/// What VMM and file server need besides the guest's memory, in MiB: their own memory, what the file server knows of files, and the
-/// kernel's tables for the guest's memory, of which a 256th is for each page.
+/// What VMM and file server need besides the guest's memory, in MiB.
 const OVERHEAD_MIB: u64 = 64;
+/// The parts of the guest's memory that are needed besides it: the kernel's tables for it, and what the file server knows of the files that the
+/// guest knows. That takes some 220 bytes of a file, 350 while its table grows, and the guest over a kilobyte: inode and name.
+const TABLES: u64 = 256;
+const FILES: u64 = 8;
 
 /// How long a machine may take to be torn down while nobody waits.
 const TEARDOWN: Duration = Duration::from_mins(1);
@@ -110,7 +113,7 @@ impl SandboxCgroup {
 
     fn limit(&self, size: MachineSize, spec: &Spec) -> Result<(), CgroupError> {
         let mib = u64::from(size.memory_mib);
-        self.write("memory.max", &((mib + mib / 256 + OVERHEAD_MIB) << 20).to_string())?;
+        self.write("memory.max", &((mib + mib / TABLES + mib / FILES + OVERHEAD_MIB) << 20).to_string())?;
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         resources.and_then(|resources| resources.cpu().as_ref()).map_or(Ok(()), |cpu| self.place(cpu))
     }

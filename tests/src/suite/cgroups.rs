@@ -89,7 +89,7 @@ fn named() -> Result {
     ensure(found == group, || found)?;
     // As large as the limit and what the guest takes besides: 128 + 4 + 96 MiB.
     for (file, expected) in [
-        ("memory.max", (228 * MIB + 228 * MIB / 256 / MIB * MIB + 64 * MIB).to_string()),
+        ("memory.max", ((228 + 228 / 8 + 64) * MIB).to_string()),
         ("cpu.weight", "39".into()),
         ("cpuset.cpus", "0".into()),
     ] {
