@@ -225,7 +225,7 @@ impl Shim {
     /// Leaves nothing of a container that was not created.
     async fn unmake(&self, task: &Task) {
         task.init.detach();
-        task.init.stop(Exit::now(KILLED));
+        // It is being created until nothing is left of it: nobody can delete it meanwhile, and be told of a container that never was.
         if let Ok(machine) = task.machine() {
             if self.is_alone(task) {
                 machine.end("its only container was not created").await;
@@ -234,6 +234,7 @@ impl Shim {
             }
         }
         self.remove(task);
+        task.init.stop(Exit::now(KILLED));
         task.release();
     }
 }

@@ -77,11 +77,13 @@ impl Shim {
         Ok(())
     }
 
-    /// Removes a container; true when it was the last one.
+    /// Removes a container, but not another one that has its id by now; true when none is left.
     pub(crate) fn remove(&self, task: &Task) -> bool {
         let mut tasks = self.locked();
-        tasks.remove(&task.id);
-        let _ = fs::remove_file(self.mark(&task.id));
+        if tasks.get(&task.id).is_some_and(|known| std::ptr::eq(Arc::as_ptr(known), task)) {
+            tasks.remove(&task.id);
+            let _ = fs::remove_file(self.mark(&task.id));
+        }
         tasks.is_empty()
     }
 
