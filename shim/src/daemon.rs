@@ -7,6 +7,8 @@ use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, fstat, open, stat};
@@ -25,6 +27,8 @@ const TURN: &str = "turn";
 
 /// How long a shim that ends may take before another one is started in its place, in seconds: containerd waits longer for a start.
 const END_TIMEOUT_S: i64 = 4;
+/// How long is waited before a turn is tried again: a lock that is waited for until a deadline has no event.
+const TURN_PAUSE: Duration = Duration::from_millis(5);
 
 /// Why there is no process.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +36,9 @@ pub(crate) enum DaemonError {
     /// A lock cannot be had.
     #[error("cannot lock {0}")]
     Lock(PathBuf, #[source] io::Error),
+    /// Somebody else has a lock for too long.
+    #[error("cannot lock {0} in time: another start or delete of this container has it")]
+    Busy(PathBuf),
     /// A shim lives that does not listen.
     #[error("a shim of this container lives (its lock is {0}), but does not listen any more")]
     Lives(PathBuf),
@@ -46,6 +53,20 @@ pub(crate) enum DaemonError {
 /// Waits for one's turn to start or clean up. Nothing when the directory has been removed meanwhile.
 pub(crate) fn turn(directory: &Path) -> Result<Option<OwnedFd>, DaemonError> {
     take_turn(directory, FlockOperation::LockExclusive)
+}
+
+/// The same, but only until a deadline.
+pub(crate) fn turn_until(directory: &Path, deadline: Instant) -> Result<Option<OwnedFd>, DaemonError> {
+    loop {
+        let turn = try_turn(directory)?;
+        if turn.is_some() || !directory.exists() {
+            return Ok(turn);
+        }
+        if Instant::now() >= deadline {
+            return Err(DaemonError::Busy(directory.join(TURN)));
+        }
+        sleep(TURN_PAUSE);
+    }
 }
 
 /// The same, and nothing when it is somebody else's turn.
@@ -235,6 +256,23 @@ mod tests {
         assert_eq!(found, Some(recorded));
         drop(lock);
         assert!(matches!(life(directory.path()).unwrap(), Life::Gone(_)));
+    }
+
+    #[test]
+    fn a_turn_that_somebody_else_has_is_waited_for_until_the_deadline() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = root.path().join("pod");
+        // There is nothing to clean up.
+        assert!(turn_until(&directory, Instant::now()).unwrap().is_none());
+        fs::create_dir(&directory).unwrap();
+        let turn = turn(&directory).unwrap().unwrap();
+        let waiting = {
+            let directory = directory.clone();
+            std::thread::spawn(move || turn_until(&directory, Instant::now() + Duration::from_mins(1)))
+        };
+        assert!(matches!(turn_until(&directory, Instant::now()), Err(DaemonError::Busy(_))));
+        drop(turn);
+        assert!(waiting.join().unwrap().unwrap().is_some());
     }
 
     #[test]

@@ -1,14 +1,15 @@
 //! `delete`: what is left of a container is removed, whether its shim lives, is about to end, or was killed.
 //!
-//! containerd runs this after every deletion, not only when a shim has died, and gives it five seconds.
+//! containerd runs this after every deletion, not only when a shim has died, and gives it five seconds. It takes one at most, so
+//! that a hundred containers that are left over do not hold up a containerd that starts.
 
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
-use containerd_shim_protos::api::{DeleteRequest, DeleteResponse, KillRequest};
+use containerd_shim_protos::api::{DeleteRequest, DeleteResponse};
 use containerd_shim_protos::shim_async::{Client, TaskClient};
 use protobuf::MessageField;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -23,16 +24,14 @@ use crate::args::Args;
 use crate::daemon::{self, DaemonError, Life};
 use crate::process::KILLED;
 use crate::record::{self, Recorded};
+use crate::service::ABANDONED;
 use crate::shim::{CONTAINERS, mark};
 use bulkhead_sandbox::cgroup::SandboxCgroup;
 use bulkhead_sandbox::oci;
 
-/// How long a process that has been killed, or is about to end, is waited for.
-const GONE_TIMEOUT: Duration = Duration::from_millis(400);
-/// How long a shim that lives may take to delete one of its containers.
-const ASK_TIMEOUT: Duration = Duration::from_millis(400);
-/// SIGKILL, as containerd has signals.
-const SIGKILL: u32 = 9;
+/// How long everything that is waited for may take together: a turn, processes that have been killed or are about to end, a shim's
+/// answer, a cgroup that gets empty.
+const PATIENCE: Duration = Duration::from_millis(800);
 
 /// Why something may be left.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +49,7 @@ pub(crate) enum DeleteError {
 
 /// Removes what is left of a container. Done again, it does nothing.
 pub(crate) fn delete(args: &Args) -> Result<DeleteResponse, DeleteError> {
+    let deadline = Instant::now() + PATIENCE;
     let bundle = if args.bundle.as_os_str().is_empty() {
         std::env::current_dir().map_err(DeleteError::Directory)?
     } else {
@@ -62,13 +62,13 @@ pub(crate) fn delete(args: &Args) -> Result<DeleteResponse, DeleteError> {
         Address::of(&args.address, &args.namespace, &group, None)
     });
     let cleaned = if address.directory.exists() {
-        clean(&address, &args.id)?
+        clean(&address, &args.id, deadline)?
     } else {
         Cleaned { pid: None, shim_is_gone: true }
     };
     if cleaned.shim_is_gone {
         // A shim that has ended by itself may have had no time for it.
-        remove_cgroup(&bundle);
+        remove_cgroup(&bundle, deadline);
     }
     // Bulkhead mounts nothing there; whoever did is not to be hindered by it.
     let _ = unmount(bundle.join("rootfs"), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
@@ -90,9 +90,9 @@ struct Cleaned {
 }
 
 /// Cleans up a pod's directory, as far as the container goes.
-fn clean(address: &Address, id: &str) -> Result<Cleaned, DeleteError> {
+fn clean(address: &Address, id: &str, deadline: Instant) -> Result<Cleaned, DeleteError> {
     let directory = &address.directory;
-    let Some(_turn) = daemon::turn(directory)? else { return Ok(Cleaned::default()) };
+    let Some(_turn) = daemon::turn_until(directory, deadline)? else { return Ok(Cleaned::default()) };
     let vmm = record::read(&directory.join(record::VMM));
     let pid = vmm.map(Recorded::pid);
     let mut life = daemon::life(directory)?;
@@ -101,7 +101,7 @@ fn clean(address: &Address, id: &str) -> Result<Cleaned, DeleteError> {
         let gone = match (own, has_others(directory, id)) {
             (false, true) => None,
             (true, true) => {
-                ask(&address.socket, id);
+                ask(&address.socket, id, deadline);
                 None
             }
             // Nothing is left for it but this container.
@@ -110,7 +110,7 @@ fn clean(address: &Address, id: &str) -> Result<Cleaned, DeleteError> {
             (false, false) => shim.and_then(Recorded::open),
         };
         match gone {
-            Some(gone) => wait(&gone),
+            Some(gone) => wait(&gone, deadline),
             None if own || has_others(directory, id) => return Ok(Cleaned { pid, shim_is_gone: false }),
             None => {}
         }
@@ -120,7 +120,9 @@ fn clean(address: &Address, id: &str) -> Result<Cleaned, DeleteError> {
     // They end by themselves when the shim does, unless they hang.
     let file_server = record::read(&directory.join(record::FILE_SERVER));
     let gone: Vec<OwnedFd> = [vmm, file_server].into_iter().flatten().filter_map(Recorded::kill).collect();
-    gone.iter().for_each(wait);
+    for process in &gone {
+        wait(process, deadline);
+    }
     for (path, removed) in
         [(&address.socket, fs::remove_file(&address.socket)), (directory, fs::remove_dir_all(directory))]
     {
@@ -136,12 +138,12 @@ fn clean(address: &Address, id: &str) -> Result<Cleaned, DeleteError> {
 
 /// Removes the host's cgroup of a machine whose shim did not come to it. Nothing in it is killed by that: the configuration may have named
 /// a group that others are in.
-fn remove_cgroup(bundle: &Path) {
+fn remove_cgroup(bundle: &Path, deadline: Instant) {
     let Ok(spec) = oci::read_spec(bundle) else { return };
     let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_ref()?.to_str());
     let Some(Ok(cgroup)) = path.map(SandboxCgroup::of) else { return };
     // What does not end keeps it, and so does whoever else is in it.
-    cgroup.remove(GONE_TIMEOUT);
+    cgroup.remove(left(deadline));
 }
 
 /// True when the shim has other containers than this one.
@@ -150,27 +152,62 @@ fn has_others(directory: &Path, id: &str) -> bool {
     names.map(|entry| entry.file_name()).any(|name| name != *id)
 }
 
-/// Waits, in bounds, for the end of a process.
-fn wait(process: &OwnedFd) {
-    let timeout = Timespec { tv_sec: 0, tv_nsec: i64::from(GONE_TIMEOUT.subsec_nanos()) };
+/// What is left of the time.
+fn left(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now())
+}
+
+/// Waits, until the deadline, for the end of a process.
+fn wait(process: &OwnedFd, deadline: Instant) {
+    let timeout = Timespec::try_from(left(deadline)).unwrap_or_default();
     // One that has not ended by then is in the kernel's hands.
     let _ = poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&timeout));
 }
 
-/// Has a shim that lives end and delete a container.
-fn ask(socket: &Path, id: &str) {
+/// Has a shim that lives end and delete a container. It goes on with that when it takes longer than there is time here.
+fn ask(socket: &Path, id: &str, deadline: Instant) {
     let asking = async {
         let client = TaskClient::new(Client::new(Socket::from(UnixStream::connect(socket).await?)));
-        let kill = KillRequest { id: id.into(), signal: SIGKILL, all: true, ..Default::default() };
-        // It fails when the container has ended, which is just as well.
-        let _ = client.kill(context::with_duration(ASK_TIMEOUT), &kill).await;
-        let wait = containerd_shim_protos::api::WaitRequest { id: id.into(), ..Default::default() };
-        let _ = client.wait(context::with_duration(ASK_TIMEOUT), &wait).await;
+        let mut context = context::with_duration(left(deadline));
+        context.add(ABANDONED.into(), "yes".into());
         let delete = DeleteRequest { id: id.into(), ..Default::default() };
-        let _ = client.delete(context::with_duration(ASK_TIMEOUT), &delete).await;
+        let _ = client.delete(context, &delete).await;
         io::Result::Ok(())
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     // What the shim does not do, nobody else can without ending the other containers.
-    let _ = runtime.map(|runtime| runtime.block_on(async { timeout(ASK_TIMEOUT, asking).await }));
+    let _ = runtime.map(|runtime| runtime.block_on(async { timeout(left(deadline), asking).await }));
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+    use super::*;
+
+    #[test]
+    fn all_waits_end_with_one_deadline() {
+        let root = tempfile::tempdir().unwrap();
+        let address = Address { socket: root.path().join("socket"), directory: root.path().join("pod") };
+        fs::create_dir_all(address.directory.join(CONTAINERS)).unwrap();
+        let over = Instant::now();
+        let mut child = Command::new("sleep").arg("600").spawn().unwrap();
+        let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
+        wait(&pidfd, over);
+        assert!(child.try_wait().unwrap().is_none());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        // It listens, and never answers.
+        let _listener = std::os::unix::net::UnixListener::bind(&address.socket).unwrap();
+        ask(&address.socket, "web", over);
+        let turn = daemon::turn(&address.directory).unwrap();
+        let error = clean(&address, "web", over).err().unwrap();
+        assert!(matches!(error, DeleteError::Daemon(DaemonError::Busy(_))), "{error}");
+        drop(turn);
+        // What needs no waiting is done all the same.
+        assert!(clean(&address, "web", over).unwrap().shim_is_gone);
+        assert!(!address.directory.exists() && !address.socket.exists());
+    }
 }

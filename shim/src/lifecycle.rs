@@ -260,6 +260,26 @@ impl Shim {
         .await
     }
 
+    /// Ends a container that containerd has lost and forgets it, however long that takes and whether or not anybody waits for it. The
+    /// shim ends with its last container: nobody is left to say so.
+    pub(crate) async fn delete_abandoned(self: &Arc<Self>, id: &str) -> Result<(u32, Exit), TaskError> {
+        let task = self.task(id)?;
+        let shim = Arc::clone(self);
+        through(async move {
+            if task.init.state() != State::Creating {
+                // Whatever the guest answers, it has ended some time later.
+                let _ =
+                    kill(Arc::clone(&task), String::new(), Signal::KILL.as_raw().unsigned_abs(), true).await;
+                task.init.stopped().await;
+            }
+            let pid = task.pid();
+            let exit = Arc::clone(&shim).delete_task(task).await;
+            shim.shut_down();
+            exit.map(|exit| (pid, exit))
+        })
+        .await
+    }
+
     async fn delete_task(self: Arc<Self>, task: Arc<Task>) -> Result<Exit, TaskError> {
         match task.init.state() {
             State::Creating => {

@@ -20,6 +20,9 @@ use crate::shim::{Shim, explain};
 /// The names under which containerd 1.7 and 2 look for the service; the messages are the same.
 const NAMES: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
 
+/// Metadata that our own `delete` has in its Delete: the container is to be ended first, and the shim with the last one.
+pub(crate) const ABANDONED: &str = "bulkhead-abandoned";
+
 /// The services of a shim.
 pub(crate) fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
     let named = |name: &str| {
@@ -86,8 +89,12 @@ impl Task for TaskService {
         Ok(api::StartResponse { pid, ..Default::default() })
     }
 
-    async fn delete(&self, _: &Context, request: api::DeleteRequest) -> Reply<api::DeleteResponse> {
-        let (pid, exit) = self.shim.delete(&request.id, &request.exec_id).await?;
+    async fn delete(&self, context: &Context, request: api::DeleteRequest) -> Reply<api::DeleteResponse> {
+        let (pid, exit) = if context.metadata.contains_key(ABANDONED) {
+            self.shim.delete_abandoned(&request.id).await?
+        } else {
+            self.shim.delete(&request.id, &request.exec_id).await?
+        };
         Ok(api::DeleteResponse {
             pid,
             exit_status: exit.status,

@@ -288,6 +288,28 @@ async fn the_containers_of_a_pod_share_one_shim_and_one_machine() {
     assert!(!lives(vmm));
 }
 
+#[tokio::test]
+async fn what_delete_cannot_wait_for_the_shim_does_by_itself() {
+    let host = Host::new().await;
+    let pod = json!({"io.kubernetes.cri.sandbox-id": "pause"});
+    host.bundle("pause", &["/bin/sleep", "600"], &[], &pod);
+    host.bundle("app", &["/bin/sh", "-c", "exec cat /dev/zero"], &[], &pod);
+    let out = host.fifo("out");
+    let pause = host.start("pause").await;
+    pause.create(&pause.request()).await.unwrap();
+    pause.start("").await.unwrap();
+    let app = host.start("app").await;
+    // Its output, which nobody reads, holds back its end for longer than `delete` waits.
+    let stdout = out.to_str().unwrap().to_owned();
+    app.create(&api::CreateTaskRequest { stdout, ..app.request() }).await.unwrap();
+    app.start("").await.unwrap();
+    let (vmm, pid) = (pause.state("").await.unwrap().pid, pause.connected().await.shim_pid);
+    host.delete("app");
+    host.delete("pause");
+    until("shim and VMM end", || !lives(vmm) && !lives(pid)).await;
+    until("nothing is left", || host.residue().is_empty()).await;
+}
+
 fn host_has(host: &Host, id: &str) -> bool {
     let pods = fs::read_dir(host.path("run/.pods")).unwrap();
     pods.flatten().any(|pod| pod.path().join("containers").join(id).exists())
