@@ -151,6 +151,10 @@ impl Shim {
                 Err(error) => Err(explain(&machine, TaskError::create(program, error)).await),
             };
         }
+        if let Some(old) = slot.take() {
+            // The cgroup of this one may have the same name. Whoever gives up the creation does not end the removal.
+            let _ = tokio::spawn(async move { old.gone().await }).await;
+        }
         let machine = timeout(MACHINE_TIMEOUT, self.start_machine(config, container)).await;
         let machine = machine.map_err(|_| TaskError::Deadline("the virtual machine does not start"))?;
         let machine = machine.map_err(|error| match error {

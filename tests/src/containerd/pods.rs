@@ -5,6 +5,8 @@ use bulkhead_tests::ctr::{Container, NAMESPACE, in_background, is_runc, processe
 use bulkhead_tests::files::busybox_tree;
 use bulkhead_tests::vm::{Result, ensure};
 use libtest_mimic::Trial;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::roots::{all_there, paths_below};
 use crate::trial;
@@ -15,6 +17,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         trial("pods: a container of a pod ends and is deleted without the others", one_ends),
         trial("pods: a container that is deleted leaves a directory of the host as it was", root_kept),
         trial("pods: a container joins after another one has gone", joins_later),
+        trial("pods: a container joins after the machine has been killed", joins_after_kill),
     ]
 }
 
@@ -113,4 +116,29 @@ fn joins_later() -> Result {
     }
     ensure(shims()? == 1, || "more than one shim".to_owned())?;
     pod.end()
+}
+
+/// With runc it is the first container alone that is killed.
+fn joins_after_kill() -> Result {
+    let pod = sandbox("pod", &[])?;
+    let membership = membership("pod")?;
+    let first = member("pod", "first", &["sleep", "1000"])?;
+    let pid = tasks()?.remove("pod").ok_or("no pod")?.0;
+    // The namespaces are held by the pod's process alone: later containers have their own.
+    let annotations: Vec<_> = membership.iter().map(String::as_str).take(4).collect();
+    kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGKILL)?;
+    pod.wait()?;
+    if !is_runc() {
+        first.wait()?;
+    }
+    let later = in_background("later", &annotations, &["sleep", "1000"])?;
+    expect_code(&later.exec(&["true"])?, 0)?;
+    // Nobody who cleans up after it has the shim to himself: what is left of its cgroup stays.
+    pod.delete()?;
+    if is_runc() {
+        first.end()?;
+    } else {
+        first.delete()?;
+    }
+    later.end()
 }
