@@ -148,3 +148,33 @@ pub(crate) async fn explain(machine: &Machine, error: TaskError) -> TaskError {
         Err(_) => error,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bulkhead_sandbox::agent::ProcessId;
+
+    use super::*;
+    use crate::io::Stdio;
+    use crate::process::{Process, State};
+
+    #[test]
+    fn a_container_that_is_removed_late_does_not_take_a_later_one_of_its_name_along() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join(CONTAINERS)).unwrap();
+        let shim = Shim::new("ns".into(), directory.path().into(), Publisher::new().0);
+        let task = || {
+            let init = Process::new(ProcessId::init("web"), Stdio::default(), State::Creating);
+            Arc::new(Task::new("web".into(), directory.path().into(), init))
+        };
+        let (first, later) = (task(), task());
+        shim.add(&first).unwrap();
+        assert!(shim.add(&later).is_err());
+        assert!(shim.remove(&first));
+        shim.add(&later).unwrap();
+        assert!(!shim.remove(&first));
+        assert!(Arc::ptr_eq(&shim.task("web").unwrap(), &later));
+        assert!(mark(directory.path(), "web").exists());
+        assert!(shim.remove(&later));
+        assert!(!mark(directory.path(), "web").exists());
+    }
+}

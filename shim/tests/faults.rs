@@ -125,6 +125,42 @@ async fn a_creation_that_hangs_can_be_looked_at_and_killed() {
 }
 
 #[tokio::test]
+async fn a_container_is_being_created_until_nothing_is_left_of_its_creation() {
+    let host = Host::new().await;
+    let pod = json!({"io.kubernetes.cri.sandbox-id": "pause"});
+    host.bundle("pause", &["/bin/sleep", "600"], &[], &pod);
+    host.bundle("fake-immovable", &["/bin/true"], &["FAKE_HANGS_IN_CREATE=1"], &pod);
+    let pause = host.start("pause").await;
+    pause.create(&pause.request()).await.unwrap();
+    pause.start("").await.unwrap();
+    let app = host.start("fake-immovable").await;
+    let (client, request) = (support::connect(&app.address).await, app.request());
+    let creating =
+        tokio::spawn(async move { support::answer(client.create(support::ctx(), &request).await) });
+    while app.connected().await.task_pid == 0 {
+        tokio::task::yield_now().await;
+    }
+    let client = support::connect(&app.address).await;
+    let killing = tokio::spawn(async move {
+        let request = api::KillRequest { id: "fake-immovable".into(), signal: SIGKILL, ..Default::default() };
+        support::answer(client.kill(support::ctx(), &request).await)
+    });
+    // The guest does not remove it, which the shim waits for.
+    while !creating.is_finished() {
+        match app.state("").await {
+            Ok(state) => assert_eq!(state.status.unwrap(), Status::CREATED),
+            Err((code, _)) => assert_eq!(code, Code::NOT_FOUND),
+        }
+    }
+    assert_eq!(creating.await.unwrap().unwrap_err().0, Code::CANCELLED);
+    killing.await.unwrap().unwrap();
+    assert_eq!(app.state("").await.unwrap_err().0, Code::NOT_FOUND);
+    pause.kill("", SIGKILL).await.unwrap();
+    pause.wait("").await.unwrap();
+    pause.finish(&host).await;
+}
+
+#[tokio::test]
 async fn a_client_that_gives_up_its_creation_can_delete_what_comes_of_it() {
     let host = Host::new().await;
     host.bundle("web", &["/bin/true"], &["FAKE_HANGS_IN_CREATE=1"], &json!({}));
