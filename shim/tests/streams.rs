@@ -122,6 +122,7 @@ async fn input_of_an_exec_that_is_closed_before_the_start_is_empty() {
     shim.start("e").await.unwrap();
     assert_eq!(shim.wait("e").await.unwrap(), 0);
     shim.kill("", SIGKILL).await.unwrap();
+    shim.wait("").await.unwrap();
     shim.finish(&host).await;
 }
 
