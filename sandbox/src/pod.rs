@@ -306,7 +306,9 @@ impl Pod {
             cpus: Mutex::default(),
             _uid: uid,
         });
-        locked(&pod.containers).insert(plan.request.container_id.clone(), plan.holdings());
+        let mut holdings = plan.holdings();
+        holdings.plug_all();
+        locked(&pod.containers).insert(plan.request.container_id.clone(), holdings);
         if let Err(error) = pod.agent.create_container(&plan.request).await {
             return Err(pod.explain(error).await);
         }
@@ -336,6 +338,9 @@ impl Pod {
             plan.serve(self.file_server().await?).await?;
         }
         for (slot, disk) in &plan.disks {
+            if let Some(holdings) = locked(&self.containers).get_mut(&plan.request.container_id) {
+                holdings.plug(*slot);
+            }
             self.sandbox.plug(&self.agent, *slot, disk).await?;
         }
         Ok(self.agent.create_container(&plan.request).await?)
@@ -417,8 +422,9 @@ impl Pod {
 
     /// Takes back slots and shares. A slot that the guest does not let go of stays taken.
     async fn release(&self, id: &str) {
-        let Some(holdings) = locked(&self.containers).remove(id) else { return };
-        for slot in holdings.slots {
+        let Some(mut holdings) = locked(&self.containers).remove(id) else { return };
+        let plugged = holdings.give_back_planned(&mut locked(&self.slots));
+        for slot in plugged {
             match self.sandbox.unplug(&self.agent, slot).await {
                 Ok(()) => locked(&self.slots).give_back(slot),
                 Err(error) => tracing::warn!("cannot unplug slot {slot} of container {id}: {error}"),
