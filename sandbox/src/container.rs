@@ -137,7 +137,8 @@ impl Plan {
     /// What is to be given back.
     pub(crate) fn holdings(&self) -> Holdings {
         Holdings {
-            slots: self.disks.iter().map(|(slot, _)| *slot).collect(),
+            planned: self.disks.iter().map(|(slot, _)| *slot).collect(),
+            plugged: Vec::new(),
             shares: self.shares.iter().map(|(bind, _)| bind.name.clone()).collect(),
             writes_disk: self.disks.iter().any(|(_, disk)| !disk.read_only),
         }
@@ -155,10 +156,78 @@ impl Plan {
 /// What a container has of its machine's, to be given back.
 #[derive(Debug, Default)]
 pub(crate) struct Holdings {
-    /// The slots of its disks.
-    pub(crate) slots: Vec<u8>,
+    /// The slots of disks that the machine has not been given.
+    planned: Vec<u8>,
+    /// The slots of disks that it has, or may have.
+    plugged: Vec<u8>,
     /// The names of its shares.
     pub(crate) shares: Vec<String>,
     /// Its root is a disk of the host.
     pub(crate) writes_disk: bool,
+}
+
+impl Holdings {
+    /// From now on the machine may have the disk of a slot, whatever becomes of the request to plug it.
+    pub(crate) fn plug(&mut self, slot: u8) {
+        if let Some(at) = self.planned.iter().position(|planned| *planned == slot) {
+            self.plugged.push(self.planned.remove(at));
+        }
+    }
+
+    /// As [`plug`](Self::plug), for all of them: the machine boots with them.
+    pub(crate) fn plug_all(&mut self) {
+        self.plugged.append(&mut self.planned);
+    }
+
+    /// Gives back the slots that the machine has never had, and returns the others, which must be unplugged first.
+    pub(crate) fn give_back_planned(&mut self, slots: &mut Slots) -> Vec<u8> {
+        self.planned.drain(..).for_each(|slot| slots.give_back(slot));
+        std::mem::take(&mut self.plugged)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn plan(slots: &mut Slots) -> Plan {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("layer.erofs");
+        let mut content = vec![0; 4096];
+        content[1024..1028].copy_from_slice(&0xe0f5_e1e2_u32.to_le_bytes());
+        content[1036] = 12;
+        fs::write(&image, content).unwrap();
+        let above = Above::Disk(tempfile::tempfile().unwrap());
+        let root = Root::Layers { images: vec![image], above };
+        let prepared = Prepared { request: CreateContainerRequest::default(), root, binds: Vec::new() };
+        Plan::new(prepared, slots, MachineSize { memory_mib: 64, cpus: 1 }).unwrap()
+    }
+
+    #[test]
+    fn creations_that_are_given_up_use_up_no_slots() {
+        let mut slots = Slots::default();
+        // More often than there are slots, and given up before the first disk is plugged.
+        for _ in 0..100 {
+            let unplug = plan(&mut slots).holdings().give_back_planned(&mut slots);
+            assert!(unplug.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_slot_that_the_machine_may_have_is_unplugged_before_it_is_given_back() {
+        let mut slots = Slots::default();
+        let half = plan(&mut slots);
+        let (first, second) = (half.disks[0].0, half.disks[1].0);
+        let mut holdings = half.holdings();
+        holdings.plug(first);
+        assert_eq!(holdings.give_back_planned(&mut slots), [first]);
+        assert_eq!(slots.take().unwrap(), second);
+
+        let whole = plan(&mut slots);
+        let mut holdings = whole.holdings();
+        holdings.plug_all();
+        assert_eq!(holdings.give_back_planned(&mut slots), [whole.disks[0].0, whole.disks[1].0]);
+    }
 }

@@ -6,7 +6,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::agent::SharedNamespace;
@@ -19,7 +19,7 @@ use crate::share::{self, Depth, ShareError};
 use crate::sizing::cpu_count;
 
 /// What statfs(2) says of file systems through which a kernel is looked at and steered (linux/magic.h), and their names.
-const KERNEL_MAGIC: [(i64, &str); 12] = [
+const KERNEL_MAGIC: [(i64, &str); 14] = [
     (0x9fa0, "proc"),
     (0x6265_6572, "sysfs"),
     (0x0027_e0eb, "cgroup"),
@@ -32,6 +32,8 @@ const KERNEL_MAGIC: [(i64, &str); 12] = [
     (0xcafe_4a11, "bpf"),
     (0x6165_676c, "pstore"),
     (0xde5e_81e4, "efivarfs"),
+    (0x1cd1, "devpts"),
+    (0x1980_0202, "mqueue"),
 ];
 /// What statfs(2) says of EROFS.
 const EROFS_MAGIC: i64 = 0xe0f5_e1e2;
@@ -241,7 +243,7 @@ pub fn has_binds(spec: &Spec) -> bool {
 /// Takes the bind mounts of a configuration as shares, and has the configuration name those instead.
 ///
 /// # Errors
-/// [`HandoverError`] when a source does not exist or is a device.
+/// [`HandoverError`] when a source does not exist, is a device or is the kernel's of the host.
 pub fn take_binds(spec: &mut Spec, id: &str, bundle: &Path) -> Result<Vec<Bind>, HandoverError> {
     let mut binds = Vec::new();
     for mount in spec.mounts_mut().iter_mut().flatten() {
@@ -251,13 +253,17 @@ pub fn take_binds(spec: &mut Spec, id: &str, bundle: &Path) -> Result<Vec<Bind>,
         let destination = mount.destination().clone();
         let source = mount.source().clone().ok_or_else(|| HandoverError::NoSource(destination.clone()))?;
         let source = bundle.join(source);
-        let kind = fs::metadata(&source).map_err(|e| ShareError::Open(source.clone(), e))?.file_type();
+        let metadata = fs::metadata(&source).map_err(|e| ShareError::Open(source.clone(), e))?;
+        let kind = metadata.file_type();
         if kind.is_block_device() || kind.is_char_device() {
             return Err(HandoverError::Device { host: source, destination });
         }
         let magic = share::file_system_magic(&source).map_err(|e| ShareError::Open(source.clone(), e))?;
         if let Some((_, kind)) = KERNEL_MAGIC.iter().find(|(known, _)| *known == magic) {
             return Err(HandoverError::Kernel { host: source, destination, kind });
+        }
+        if kind.is_dir() && is_of_devices(&metadata) {
+            return Err(HandoverError::Kernel { host: source, destination, kind: "device directory" });
         }
         let has = |wanted: &[&str]| {
             mount.options().iter().flatten().any(|option| wanted.contains(&option.as_str()))
@@ -269,6 +275,13 @@ pub fn take_binds(spec: &mut Spec, id: &str, bundle: &Path) -> Result<Vec<Bind>,
         mount.set_source(Some(format!("{SHARE_PREFIX}{name}").into()));
     }
     Ok(binds)
+}
+
+/// True for `/dev` and for the directories in it that have no mount of their own, as `/dev/shm` has: their file system has no magic
+/// number of its own. A socket in it, such as `/dev/log`, is one like any other.
+fn is_of_devices(metadata: &fs::Metadata) -> bool {
+    let device = |path| fs::metadata(path).map(|metadata| metadata.dev()).ok();
+    device("/dev").is_some_and(|dev| dev == metadata.dev() && Some(dev) != device("/"))
 }
 
 fn is_bind(mount: &Mount) -> bool {
@@ -437,7 +450,7 @@ mod tests {
             take_binds(&mut spec(&json!({"ociVersion": "1.2.0", "mounts": mounts})), "c", Path::new("/"))
         };
         assert!(matches!(with("/dev/null"), Err(HandoverError::Device { .. })));
-        for (source, kind) in [("/proc", "proc"), ("/proc/sys/kernel", "proc"), ("/sys", "sysfs")] {
+        for (source, kind) in [("/proc", "proc"), ("/proc/sys/kernel", "proc")] {
             let refused = with(source);
             assert!(
                 matches!(&refused, Err(HandoverError::Kernel { kind: k, .. }) if *k == kind),
@@ -445,6 +458,7 @@ mod tests {
             );
         }
         assert!(with("/nonexistent").unwrap_err().to_string().contains("/nonexistent"));
+        assert!(!is_of_devices(&fs::metadata("/proc").unwrap()));
     }
 
     #[test]

@@ -20,7 +20,7 @@ use ttrpc::Code;
 use crate::agent::{Agent, AgentError};
 use crate::artifacts::Artifacts;
 use crate::cgroup::{CgroupError, SandboxCgroup};
-use crate::config::Config;
+use crate::config::{Annotations, Config};
 use crate::container::{Holdings, NewContainer, Plan, Prepared};
 use crate::control::ControlError;
 use crate::end::End;
@@ -31,7 +31,7 @@ use crate::paths::{PathError, Paths};
 use crate::process::Place;
 use crate::sandbox::{DEATH_TIMEOUT, GrowError, Sandbox, SandboxConfig, SandboxError, console_text};
 use crate::size::Size;
-use crate::sizing::MachineSize;
+use crate::sizing::{MachineSize, SizeError, late_annotations};
 use crate::slots::{self, Slots};
 use crate::storage::StorageError;
 use crate::timing::{BootTimes, Stamp};
@@ -71,6 +71,9 @@ pub enum PodError {
     /// What is asked for cannot be had.
     #[error(transparent)]
     Handover(#[from] HandoverError),
+    /// Its annotations cannot be followed.
+    #[error(transparent)]
+    Annotations(#[from] SizeError),
     /// The disks cannot be had.
     #[error(transparent)]
     Storage(#[from] StorageError),
@@ -167,6 +170,7 @@ impl PodError {
         match self {
             Self::Handover(HandoverError::Share(_)) | Self::Network(..) => ErrorKind::NotFound,
             Self::Handover(_)
+            | Self::Annotations(_)
             | Self::Cgroup(CgroupError::Path(_))
             | Self::Storage(StorageError::Layers(_) | StorageError::Format(_)) => ErrorKind::InvalidArgument,
             Self::Storage(StorageError::Slot(_)) => ErrorKind::ResourceExhausted,
@@ -206,6 +210,8 @@ pub struct Pod {
     sandbox: Sandbox,
     agent: Agent,
     size: MachineSize,
+    /// What its containers may ask for themselves.
+    annotations: Annotations,
     /// How much a container whose root is layers can write.
     storage: Size,
     /// Starts with the first share.
@@ -296,6 +302,7 @@ impl Pod {
             agent,
             connected: Stamp::now(),
             size,
+            annotations: config.config.annotations.clone(),
             storage,
             file_server: OnceCell::new_with(file_server.map(|(server, _)| server)),
             file_server_program: config.artifacts.file_server.clone(),
@@ -306,7 +313,9 @@ impl Pod {
             cpus: Mutex::default(),
             _uid: uid,
         });
-        locked(&pod.containers).insert(plan.request.container_id.clone(), plan.holdings());
+        let mut holdings = plan.holdings();
+        holdings.plug_all();
+        locked(&pod.containers).insert(plan.request.container_id.clone(), holdings);
         if let Err(error) = pod.agent.create_container(&plan.request).await {
             return Err(pod.explain(error).await);
         }
@@ -319,6 +328,16 @@ impl Pod {
     /// # Errors
     /// [`PodError`]; nothing is left of what was made.
     pub async fn create(&self, container: NewContainer<'_>) -> Result<(), PodError> {
+        for name in late_annotations(&container.spec, &self.annotations, self.size)? {
+            let size = self.size;
+            tracing::warn!(
+                "the annotation {name} of container {} has no effect: its virtual machine has {} MiB and {} CPUs \
+                 since the pod's first container; set it there",
+                container.id,
+                size.memory_mib,
+                size.cpus
+            );
+        }
         let prepared = Prepared::make(container, self.size, self.storage).await?;
         let plan = Plan::new(prepared, &mut locked(&self.slots), self.size)?;
         let id = &plan.request.container_id;
@@ -336,6 +355,9 @@ impl Pod {
             plan.serve(self.file_server().await?).await?;
         }
         for (slot, disk) in &plan.disks {
+            if let Some(holdings) = locked(&self.containers).get_mut(&plan.request.container_id) {
+                holdings.plug(*slot);
+            }
             self.sandbox.plug(&self.agent, *slot, disk).await?;
         }
         Ok(self.agent.create_container(&plan.request).await?)
@@ -417,8 +439,9 @@ impl Pod {
 
     /// Takes back slots and shares. A slot that the guest does not let go of stays taken.
     async fn release(&self, id: &str) {
-        let Some(holdings) = locked(&self.containers).remove(id) else { return };
-        for slot in holdings.slots {
+        let Some(mut holdings) = locked(&self.containers).remove(id) else { return };
+        let plugged = holdings.give_back_planned(&mut locked(&self.slots));
+        for slot in plugged {
             match self.sandbox.unplug(&self.agent, slot).await {
                 Ok(()) => locked(&self.slots).give_back(slot),
                 Err(error) => tracing::warn!("cannot unplug slot {slot} of container {id}: {error}"),

@@ -8,7 +8,7 @@ use bulkhead_vmm::memory::{MEMORY_MAX_MIB, MEMORY_MIN_MIB};
 use oci_spec::runtime::{LinuxResources, Spec};
 use rustix::system::sysinfo;
 
-use crate::config::Config;
+use crate::config::{Annotations, Config};
 use crate::oci::annotation;
 use crate::size::Size;
 
@@ -120,14 +120,30 @@ pub fn machine_size(
     asked: Asked,
     host: Host,
 ) -> Result<MachineSize, SizeError> {
-    check_annotations(spec, config)?;
+    check_annotations(spec, &config.annotations)?;
     if let Some(size) = asked.memory.filter(|size| *size > host.memory) {
         return Err(SizeError::Host(size, host.memory));
     }
     Ok(MachineSize { memory_mib: memory(spec, config, asked)?, cpus: cpus(spec, config, asked, host)? })
 }
 
-fn check_annotations(spec: &Spec, config: &Config) -> Result<(), SizeError> {
+/// The annotations of a container that joins a machine which ask for another size than it has: they come too late.
+///
+/// # Errors
+/// [`SizeError`] for an annotation that is not allowed or not valid.
+pub fn late_annotations(
+    spec: &Spec,
+    annotations: &Annotations,
+    machine: MachineSize,
+) -> Result<Vec<&'static str>, SizeError> {
+    check_annotations(spec, annotations)?;
+    let memory = memory_annotation(spec)?.is_some_and(|mib| mib != u64::from(machine.memory_mib));
+    let cpus = cpus_annotation(spec)?.is_some_and(|cpus| cpus != u64::from(machine.cpus));
+    let late = [(memory, MEMORY_ANNOTATION), (cpus, CPUS_ANNOTATION)];
+    Ok(late.into_iter().filter_map(|(late, name)| late.then_some(name)).collect())
+}
+
+fn check_annotations(spec: &Spec, annotations: &Annotations) -> Result<(), SizeError> {
     let mut ours: Vec<&String> = spec.annotations().iter().flatten().map(|(name, _)| name).collect();
     ours.retain(|name| name.starts_with(ANNOTATION_PREFIX));
     ours.sort();
@@ -135,7 +151,7 @@ fn check_annotations(spec: &Spec, config: &Config) -> Result<(), SizeError> {
         if !ANNOTATIONS.contains(&name.as_str()) {
             return Err(SizeError::Unknown(name.chars().take(128).collect()));
         }
-        if !config.annotations.allow.contains(name) {
+        if !annotations.allow.contains(name) {
             return Err(SizeError::NotAllowed(name.clone()));
         }
     }
@@ -145,11 +161,8 @@ fn check_annotations(spec: &Spec, config: &Config) -> Result<(), SizeError> {
 fn memory(spec: &Spec, config: &Config, asked: Asked) -> Result<u32, SizeError> {
     let (what, mib) = if let Some(size) = asked.memory {
         ("--memory", size.mib_rounded_up())
-    } else if let Some(text) = annotation(spec, MEMORY_ANNOTATION) {
-        let size: Size = text
-            .parse()
-            .map_err(|e: crate::size::SizeError| SizeError::Annotation(MEMORY_ANNOTATION, e.to_string()))?;
-        (MEMORY_ANNOTATION, size.mib_rounded_up())
+    } else if let Some(mib) = memory_annotation(spec)? {
+        (MEMORY_ANNOTATION, mib)
     } else if let Some(bytes) = pod_number(spec, POD_MEMORY)? {
         (POD_MEMORY, with_guest(bytes))
     } else if let Some(bytes) = memory_limit(spec) {
@@ -165,9 +178,8 @@ fn cpus(spec: &Spec, config: &Config, asked: Asked, host: Host) -> Result<u8, Si
     let most = u64::from(host.cpus);
     let (what, cpus) = if let Some(cpus) = asked.cpus {
         ("--cpus", cpus.into())
-    } else if let Some(text) = annotation(spec, CPUS_ANNOTATION) {
-        let error = || SizeError::Annotation(CPUS_ANNOTATION, "give a number of CPUs".into());
-        (CPUS_ANNOTATION, text.parse().map_err(|_| error())?)
+    } else if let Some(cpus) = cpus_annotation(spec)? {
+        (CPUS_ANNOTATION, cpus)
     } else if let Some(quota) = pod_number(spec, POD_CPU_QUOTA)? {
         let period = pod_number(spec, POD_CPU_PERIOD)?.unwrap_or(CPU_PERIOD);
         (POD_CPU_QUOTA, quota.div_ceil(period.max(1)).min(most))
@@ -178,6 +190,22 @@ fn cpus(spec: &Spec, config: &Config, asked: Asked, host: Host) -> Result<u8, Si
     };
     let fits = u8::try_from(cpus).ok().filter(|cpus| (1..=VCPUS_MAX).contains(cpus));
     fits.ok_or(SizeError::Cpus { what, cpus })
+}
+
+/// The memory that an annotation asks for, in MiB.
+fn memory_annotation(spec: &Spec) -> Result<Option<u64>, SizeError> {
+    let Some(text) = annotation(spec, MEMORY_ANNOTATION) else { return Ok(None) };
+    let size: Size = text
+        .parse()
+        .map_err(|e: crate::size::SizeError| SizeError::Annotation(MEMORY_ANNOTATION, e.to_string()))?;
+    Ok(Some(size.mib_rounded_up()))
+}
+
+/// The number of CPUs that an annotation asks for.
+fn cpus_annotation(spec: &Spec) -> Result<Option<u64>, SizeError> {
+    let Some(text) = annotation(spec, CPUS_ANNOTATION) else { return Ok(None) };
+    let error = |_| SizeError::Annotation(CPUS_ANNOTATION, "give a number of CPUs".into());
+    text.parse().map(Some).map_err(error)
 }
 
 /// A number above zero that the CRI plugin wrote.
@@ -326,6 +354,28 @@ mod tests {
         let spec = serde_json::from_value(spec).unwrap();
         let error = machine_size(&spec, &Config::default(), Asked::default(), HOST).unwrap_err();
         assert_eq!(error, SizeError::NotAllowed(CPUS_ANNOTATION.into()));
+    }
+
+    #[test]
+    fn a_container_that_joins_a_machine_is_held_to_the_same_annotations() {
+        let machine = MachineSize { memory_mib: 300, cpus: 2 };
+        let joins = |allow: &[&str], annotations: &Value| {
+            let spec = json!({"ociVersion": "1.2.0", "annotations": annotations});
+            let allowed = Annotations { allow: allow.iter().map(ToString::to_string).collect() };
+            late_annotations(&serde_json::from_value(spec).unwrap(), &allowed, machine)
+        };
+        let error = joins(&[], &json!({CPUS_ANNOTATION: "2"})).unwrap_err();
+        assert_eq!(error, SizeError::NotAllowed(CPUS_ANNOTATION.into()));
+        let error = joins(&ANNOTATIONS, &json!({"io.bulkhead.vm.kernel": "/x"})).unwrap_err();
+        assert!(matches!(error, SizeError::Unknown(_)));
+        for broken in [json!({CPUS_ANNOTATION: "many"}), json!({MEMORY_ANNOTATION: "much"})] {
+            assert!(matches!(joins(&ANNOTATIONS, &broken), Err(SizeError::Annotation(..))));
+        }
+        let late = |annotations: &Value| joins(&ANNOTATIONS, annotations).unwrap();
+        // A pod's own annotations, which Kubernetes gives to each of its containers, are none too late.
+        assert!(late(&json!({MEMORY_ANNOTATION: "300M", CPUS_ANNOTATION: "2"})).is_empty());
+        assert_eq!(late(&json!({MEMORY_ANNOTATION: "1G", CPUS_ANNOTATION: "2"})), [MEMORY_ANNOTATION]);
+        assert_eq!(late(&json!({CPUS_ANNOTATION: "4"})), [CPUS_ANNOTATION]);
     }
 
     proptest! {

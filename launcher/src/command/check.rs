@@ -17,6 +17,7 @@ use bulkhead_vmm::probe;
 use kvm_ioctls::Kvm;
 use rustix::fs::{statfs, statvfs};
 use rustix::process::geteuid;
+use rustix::system::uname;
 use serde::Serialize;
 
 use crate::cli::CheckArgs;
@@ -25,6 +26,10 @@ use crate::message;
 
 /// `CGROUP2_SUPER_MAGIC` of linux/magic.h.
 const CGROUP2_MAGIC: i64 = 0x6367_7270;
+/// The first Linux with `mount_setattr`, which every directory that is shared needs.
+const LINUX_LEAST: (u32, u32) = (5, 12);
+/// The first whose overlayfs takes `lowerdir+`, a layer at a time.
+const LINUX_LAYERS: (u32, u32) = (6, 8);
 /// Less free disk than this is worth a warning.
 const DISK_LOW: Size = Size(1 << 30);
 
@@ -62,6 +67,7 @@ fn failure(what: &'static str, found: impl Into<String>, advice: impl Into<Strin
 pub(crate) fn check(args: &CheckArgs) -> Result<u8, Failure> {
     let config = Config::from_environment()?;
     let mut lines = kvm_lines(&CString::new(config.paths.kvm.as_os_str().as_bytes())?);
+    lines.push(kernel_line(&uname().release().to_string_lossy()));
     lines.push(user_line(geteuid().is_root()));
     lines.push(cgroup_line());
     lines.push(tun_line(Path::new("/dev/net/tun")));
@@ -92,6 +98,24 @@ fn text(lines: &[Line]) -> String {
         }
     }
     text
+}
+
+fn kernel_line(release: &str) -> Line {
+    let what = "Linux";
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse().ok());
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    let text = |(major, minor): (u32, u32)| format!("{major}.{minor}");
+    if version < LINUX_LEAST {
+        failure(what, release, format!("use Linux {} or later", text(LINUX_LEAST)))
+    } else if version < LINUX_LAYERS {
+        let advice = format!(
+            "containerd's overlayfs snapshotter needs Linux {} for images of several layers: use another one, or a newer kernel",
+            text(LINUX_LAYERS)
+        );
+        warning(what, release, advice)
+    } else {
+        ok(what, release)
+    }
 }
 
 fn kvm_lines(device: &CStr) -> Vec<Line> {
@@ -279,6 +303,21 @@ fn disk_line(data: &Path) -> Line {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_kernel_is_judged_by_its_version() {
+        for (release, status) in [
+            ("5.11.22-amd64", Status::Failure),
+            ("5.12.0", Status::Warning),
+            ("6.7.12+bpo-amd64", Status::Warning),
+            ("6.8.0", Status::Ok),
+            ("6.12.117+deb13-amd64", Status::Ok),
+            ("10.0", Status::Ok),
+            ("strange", Status::Failure),
+        ] {
+            assert_eq!(kernel_line(release).status, status, "{release}");
+        }
+    }
 
     #[test]
     fn a_missing_kvm_is_a_failure_with_advice() {

@@ -1,10 +1,10 @@
 //! What `ctr run` is told about a container.
 
 use std::io::Write;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
-use bulkhead_tests::bulkhead::{expect_code, stdout};
-use bulkhead_tests::ctr::{Events, in_background, run, run_command, spawn};
+use bulkhead_tests::bulkhead::{eventually, expect_code, stderr, stdout};
+use bulkhead_tests::ctr::{Events, in_background, run, run_command, spawn, tasks};
 use bulkhead_tests::terminal::Terminal;
 use bulkhead_tests::vm::{Result, ensure};
 use libtest_mimic::Trial;
@@ -24,6 +24,8 @@ pub(crate) fn tests() -> Vec<Trial> {
         trial("options: the default seccomp profile is in force", seccomp),
         trial("options: a seccomp profile of the user's is in force", own_profile),
         trial("options: only the loopback interface is there, and it is up", loopback),
+        trial("options: the task's process is in the network namespace that is given", network_namespace),
+        trial("limits: a device that is not allowed cannot be opened", devices),
         trial("limits: a container beyond its memory is killed, and containerd is told why", memory),
         trial("limits: a share of a CPU is a quota of the container's group", cpus),
     ]
@@ -123,6 +125,39 @@ fn loopback() -> Result {
                   timeout 60 sh -c 'until nc 127.0.0.1 80 2>/dev/null; do sleep 0.1; done'";
     let output = run(&[], &["sh", "-c", script])?;
     ensure(stdout(&output) == "lo\nheard\n", || format!("{output:?}"))
+}
+
+fn network_namespace() -> Result {
+    let mut owner = Command::new("unshare").args(["--net", "sleep", "1000"]).spawn()?;
+    let tested = in_namespace_of(owner.id());
+    owner.kill()?;
+    owner.wait()?;
+    tested
+}
+
+fn in_namespace_of(owner: u32) -> Result {
+    let namespace = |pid: u32| std::fs::read_link(format!("/proc/{pid}/ns/net"));
+    eventually("the namespace is made", || Ok(namespace(owner)? != namespace(std::process::id())?))?;
+    let container = in_background(
+        "inside",
+        &["--with-ns", &format!("network:/proc/{owner}/ns/net")],
+        &["sleep", "1000"],
+    )?;
+    let pid = tasks()?.remove("inside").ok_or("no task")?.0;
+    let (given, used) = (namespace(owner)?, namespace(pid)?);
+    ensure(given == used, || format!("{}, not {}", used.display(), given.display()))?;
+    container.end()
+}
+
+fn devices() -> Result {
+    // /dev/zero, which the default configuration allows, and /dev/kmsg, which it does not. Both may be made.
+    let script = "mknod /zero c 1 5 && mknod /kmsg c 1 11 && head -c 1 /zero | od -An -c && head -c 1 /kmsg";
+    let output = run(&[], &["sh", "-c", script])?;
+    expect_code(&output, 1)?;
+    let said = stderr(&output);
+    ensure(stdout(&output).contains("\\0") && said.contains("Operation not permitted"), || {
+        format!("{output:?}")
+    })
 }
 
 fn memory() -> Result {

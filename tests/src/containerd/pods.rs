@@ -1,7 +1,9 @@
 //! Several containers of one pod.
 
-use bulkhead_tests::bulkhead::{expect_code, stdout};
-use bulkhead_tests::ctr::{Container, NAMESPACE, in_background, is_runc, processes_called, status, tasks};
+use bulkhead_tests::bulkhead::{expect_code, stderr, stdout};
+use bulkhead_tests::ctr::{
+    Container, NAMESPACE, in_background, is_runc, processes_called, run_command, status, tasks,
+};
 use bulkhead_tests::files::busybox_tree;
 use bulkhead_tests::vm::{Result, ensure};
 use libtest_mimic::Trial;
@@ -18,6 +20,10 @@ pub(crate) fn tests() -> Vec<Trial> {
         trial("pods: a container that is deleted leaves a directory of the host as it was", root_kept),
         trial("pods: a container joins after another one has gone", joins_later),
         trial("pods: a container joins after the machine has been killed", joins_after_kill),
+        trial(
+            "pods: an annotation that is not allowed is refused in a container that joins, too",
+            annotations,
+        ),
     ]
 }
 
@@ -81,6 +87,24 @@ fn one_ends() -> Result {
     ensure(code == 3, || format!("exit code {code}"))?;
     short.delete()?;
     ensure(status("pod")? == "RUNNING", || "the pod has ended, too".to_owned())?;
+    expect_code(&pod.exec(&["true"])?, 0)?;
+    pod.end()
+}
+
+fn annotations() -> Result {
+    let pod = sandbox("pod", &[])?;
+    let membership = membership("pod")?;
+    let mut options: Vec<_> = membership.iter().map(String::as_str).collect();
+    options.extend(["--rm", "--annotation", "io.bulkhead.vm.cpus=2"]);
+    let output = run_command("joining", &options, &["true"])?.output()?;
+    // To runc it means nothing.
+    if is_runc() {
+        expect_code(&output, 0)?;
+    } else {
+        expect_code(&output, 1)?;
+        let said = stderr(&output);
+        ensure(said.contains("the annotation io.bulkhead.vm.cpus is not allowed"), || said)?;
+    }
     expect_code(&pod.exec(&["true"])?, 0)?;
     pod.end()
 }

@@ -1,7 +1,9 @@
 //! What cannot be done is refused, in the words and with the codes that clients know.
 
 use bulkhead_tests::bulkhead::{expect_code, stderr};
-use bulkhead_tests::ctr::{Bundle, Code, CreateTaskRequest, IMAGE, Mount, Shim, ctr, in_background, run};
+use bulkhead_tests::ctr::{
+    Bundle, Code, CreateTaskRequest, IMAGE, Mount, Shim, ctr, in_background, is_runc, run,
+};
 use bulkhead_tests::vm::{Result, ensure};
 use libtest_mimic::Trial;
 use serde_json::{Value, json};
@@ -21,6 +23,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         trial("refused: a root of a type that nobody knows", unknown_mount),
         trial("refused: namespaces that nobody knows or that are not there", namespaces),
         trial("refused: a hook that fails", failing_hook),
+        trial("refused: what the host's kernel says of itself, as a directory to share", kernel_mounts),
         trial("shim: it says what it is, and its cleanup may be run again and again", cleanup),
     ]
 }
@@ -209,6 +212,24 @@ fn namespaces() -> Result {
 
 fn failing_hook() -> Result {
     refuse_spec(|spec| spec["hooks"] = json!({ "createRuntime": [{ "path": "/bin/false" }] }))
+}
+
+fn kernel_mounts() -> Result {
+    for source in ["/proc", "/sys/kernel", "/dev", "/dev/pts", "/sys/fs/cgroup"] {
+        let mount = format!("type=bind,src={source},dst=/host,options=rbind:ro");
+        let output = run(&["--mount", &mount], &["true"])?;
+        // A container of runc's has the kernel of the host for its own.
+        if is_runc() {
+            expect_code(&output, 0)?;
+            continue;
+        }
+        expect_code(&output, 1)?;
+        let said = stderr(&output);
+        expect_words(&said, &[&format!("{source} cannot be mounted at /host"), "which has its own"])?;
+    }
+    // As Kubernetes has it for every pod.
+    let output = run(&["--mount", "type=bind,src=/dev/shm,dst=/shm,options=rbind:rw"], &["ls", "/shm"])?;
+    expect_code(&output, 0)
 }
 
 fn cleanup() -> Result {

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use bulkhead_tests::bulkhead::{expect_code, stderr, stdout};
-use bulkhead_tests::ctr::{Container, ctr, in_background, run, run_command};
-use bulkhead_tests::files::busybox_tree;
+use bulkhead_tests::ctr::{Bundle, Container, Mount, ctr, in_background, run, run_command};
+use bulkhead_tests::files::{busybox_tree, tool};
 use bulkhead_tests::vm::{Result, ensure};
 use libtest_mimic::Trial;
 
@@ -30,6 +31,7 @@ pub(crate) fn tests(snapshotters: &[&'static str]) -> Vec<Trial> {
     });
     each.chain([
         trial("rootfs: a directory of the host is a root, and both see what is written", directory),
+        trial("rootfs: a block device with an ext4 is a root, and keeps what is written", block_device),
         trial("rootfs: a creation that fails leaves a directory of the host as it was", kept),
     ])
     .collect()
@@ -97,6 +99,48 @@ fn directory() -> Result {
     expect_code(&output, 0)?;
     let written = std::fs::read_to_string(tree.join("from-container"))?;
     ensure(stdout(&output) == "host\n" && written == "container\n", || format!("{output:?}, {written:?}"))
+}
+
+/// A loop device, which goes with it.
+struct Loop(String);
+
+impl Loop {
+    fn new(file: &Path) -> Result<Self> {
+        let made = tool(Command::new("losetup").args(["--find", "--show"]).arg(file))?;
+        Ok(Self(String::from_utf8(made)?.trim().to_owned()))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+/// As devmapper hands it over.
+fn block_device() -> Result {
+    let script = "echo once more >>/file; exit $(wc -l </file)";
+    let bundle = Bundle::new("disk", &["sh", "-c", script])?;
+    let image = bundle.path().join("image");
+    let tree = bundle.path().join("rootfs");
+    tool(Command::new("mke2fs").args(["-q", "-t", "ext4", "-d"]).arg(&tree).arg(&image).arg("32M"))?;
+    // The mount point alone, as containerd has it.
+    std::fs::remove_dir_all(&tree)?;
+    std::fs::create_dir(&tree)?;
+    let disk = Loop::new(&image)?;
+    for times in 1..=2 {
+        let shim = bundle.start_shim()?;
+        let mut request = bundle.request();
+        request.rootfs.push(Mount { type_: "ext4".into(), source: disk.0.clone(), ..Mount::default() });
+        shim.create(&request).map_err(|error| format!("create: {error}; {}", bundle.log()))?;
+        shim.start("disk", "")?;
+        let code = shim.wait("disk", "")?;
+        ensure(code == times, || format!("exit code {code} of start {times}"))?;
+        shim.delete("disk", "")?;
+        shim.shutdown("disk")?;
+        bundle.clean_up()?;
+    }
+    Ok(())
 }
 
 fn kept() -> Result {
