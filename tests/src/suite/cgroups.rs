@@ -66,7 +66,7 @@ fn bounded() -> Result {
     ensure(inside == ["bulkhead-fs", "bulkhead-vmm"], || format!("{inside:?}"))?;
     // The machine, the kernel's account of its pages, and what VMM and file server need.
     let most = setting(&group, "memory.max")?;
-    ensure(most == ((256 + 1 + 64) * MIB).to_string(), || most.clone())?;
+    ensure(most == ((256 + 1 + 32 + 64) * MIB).to_string(), || most.clone())?;
     let used: u64 = setting(&group, "memory.current")?.parse()?;
     ensure(used > 8 * MIB, || format!("only {used} bytes are accounted for"))?;
     expect_code(&bulkhead(["stop", "-t", "0", "bounded"]).output()?, 0)?;
