@@ -91,27 +91,6 @@ async fn input_that_is_closed_before_the_start_is_empty() {
 }
 
 #[tokio::test]
-async fn input_goes_on_when_its_writer_has_gone_until_it_is_closed() {
-    let host = Host::new().await;
-    let (stdin, out) = (host.fifo("in"), host.fifo("out"));
-    let stdout = read(&out);
-    let shim = running(&host, &["/bin/cat"], |request| {
-        request.stdin = name(&stdin);
-        request.stdout = name(&out);
-    })
-    .await;
-    // A client that leaves, and one that attaches later.
-    for words in [b"first ", b"later "] {
-        File::options().write(true).open(&stdin).unwrap().write_all(words).unwrap();
-        assert_eq!(shim.status("").await, api::Status::RUNNING);
-    }
-    close_stdin(&shim, "").await;
-    assert_eq!(shim.wait("").await.unwrap(), 0);
-    assert_eq!(stdout.await, b"first later ");
-    shim.finish(&host).await;
-}
-
-#[tokio::test]
 async fn input_of_an_exec_that_is_closed_before_the_start_is_empty() {
     let host = Host::new().await;
     let stdin = host.fifo("in");

@@ -120,7 +120,7 @@ async fn copy_output(mut connection: UnixStream, sink: Sink) {
     }
 }
 
-/// Copies until the input is closed, which becomes the end of the process's input, or until the process takes no more.
+/// Copies until the end of the input, which becomes the end of the process's input, or until the process takes no more.
 async fn copy_input(input: fifo::Input, connection: UnixStream, close: Arc<Notify>) {
     let mut piece = vec![0; PIECE];
     let (mut guest, mut process) = connection.into_split();

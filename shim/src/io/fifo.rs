@@ -70,14 +70,10 @@ impl Pipe {
 
 /// A fifo that input comes from.
 #[derive(Debug)]
-pub(super) struct Input {
-    fifo: AsyncFd<OwnedFd>,
-    /// Kept, so that writers may go away and come back without the process meeting the end of its input: only CloseIO is that.
-    _writer: OwnedFd,
-}
+pub(super) struct Input(AsyncFd<OwnedFd>);
 
 impl Input {
-    /// Opens a fifo.
+    /// Opens a fifo, or a file.
     pub(super) fn open(path: &Path) -> Result<Self, IoError> {
         let opening = || -> io::Result<Self> {
             let fifo = open(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())?;
@@ -85,16 +81,18 @@ impl Input {
             if !file.metadata()?.file_type().is_fifo() {
                 return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a fifo"));
             }
-            let writer = open(path, OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())?;
-            Ok(Self { fifo: watch(file.into(), Interest::READABLE)?, _writer: writer })
+            watch(file.into(), Interest::READABLE).map(Self)
         };
         opening().map_err(|error| IoError::Open(path.to_owned(), error))
     }
 
-    /// Reads what is there, at least one byte, however long it takes until somebody writes it.
+    /// Reads what is there, at least one byte; 0 is the end, when the last writer has gone.
+    ///
+    /// The kernel does not report the lack of a writer before there has been one (`pipe_poll` in its fs/pipe.c), so this waits for
+    /// the first one however long it takes.
     pub(super) async fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
-            let mut ready = self.fifo.readable().await?;
+            let mut ready = self.0.readable().await?;
             if let Ok(count) =
                 ready.try_io(|fd| Ok(rustix::io::retry_on_intr(|| read(fd.get_ref(), &mut *buffer))?))
             {
@@ -105,7 +103,7 @@ impl Input {
 
     /// Reads what is there without waiting; 0 when there is nothing, now or for ever.
     pub(super) fn read_now(&self, buffer: &mut [u8]) -> usize {
-        rustix::io::retry_on_intr(|| read(self.fifo.get_ref(), &mut *buffer)).unwrap_or(0)
+        rustix::io::retry_on_intr(|| read(self.0.get_ref(), &mut *buffer)).unwrap_or(0)
     }
 }
 
@@ -148,21 +146,19 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn input_waits_for_writers_that_may_go_and_come_back() {
+    async fn input_waits_for_its_first_writer_and_ends_with_its_last() {
         let directory = tempfile::tempdir().unwrap();
         let path = fifo(directory.path());
         let input = Input::open(&path).unwrap();
         let mut buffer = [0; 10];
-        for words in [b"first", b"later"] {
-            let early = timeout(Duration::from_millis(50), input.read(&mut buffer)).await;
-            assert!(early.is_err(), "an end although nobody has closed it: {early:?}");
-            let mut writer = File::options().write(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
-            writer.write_all(words).unwrap();
-            drop(writer);
-            assert_eq!(input.read(&mut buffer).await.unwrap(), 5);
-            assert_eq!(&buffer[..5], words);
-            assert_eq!(input.read_now(&mut buffer), 0);
-        }
+        let early = timeout(Duration::from_millis(50), input.read(&mut buffer)).await;
+        assert!(early.is_err(), "an end although there was no writer: {early:?}");
+        let mut writer = File::options().write(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
+        writer.write_all(b"words").unwrap();
+        assert_eq!(input.read(&mut buffer).await.unwrap(), 5);
+        assert_eq!(input.read_now(&mut buffer), 0);
+        drop(writer);
+        assert_eq!(input.read(&mut buffer).await.unwrap(), 0);
     }
 
     #[tokio::test]
