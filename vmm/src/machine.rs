@@ -327,10 +327,8 @@ impl Machine {
         let mut guard = slot.lock();
         let plugged = guard.as_mut().ok_or(SlotError::Empty(number))?;
         let notify = IoEventAddress::Mmio(slot_address(number) + regs::QUEUE_NOTIFY as u64);
-        for (queue, kick) in (0u32..).zip(plugged.kicks()) {
-            if !plugged.works_on_vcpus() {
-                kvm("KVM_IOEVENTFD", self.vm.register_ioevent(kick, &notify, queue))?;
-            }
+        for (queue, kick) in (0u32..).zip(plugged.ioeventfds()) {
+            kvm("KVM_IOEVENTFD", self.vm.register_ioevent(kick, &notify, queue))?;
         }
         Ok(self.worker_of(plugged).add(number, plugged)?)
     }
@@ -352,10 +350,8 @@ impl Machine {
         let plugged = slot.unplug()?;
         self.worker_of(&plugged).remove(&plugged)?;
         let notify = IoEventAddress::Mmio(slot_address(number) + regs::QUEUE_NOTIFY as u64);
-        for (queue, kick) in (0u32..).zip(plugged.kicks()) {
-            if !plugged.works_on_vcpus() {
-                kvm("KVM_IOEVENTFD", self.vm.unregister_ioevent(kick, &notify, queue))?;
-            }
+        for (queue, kick) in (0u32..).zip(plugged.ioeventfds()) {
+            kvm("KVM_IOEVENTFD", self.vm.unregister_ioevent(kick, &notify, queue))?;
         }
         kvm("KVM_IRQFD", self.vm.unregister_irqfd(slot.line(), slot_gsi(number)))
     }

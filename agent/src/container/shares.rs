@@ -83,13 +83,7 @@ impl Shares {
     pub(super) fn directory(&self, name: &str) -> Result<OwnedFd, Error> {
         // Opened as a directory, so that the kernel mounts the share's file system in its place first. To clone the place would bring a mount
         // that is covered by another as soon as somebody looks.
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let share = match openat2(&self.0, name, flags, Mode::empty(), ResolveFlags::BENEATH) {
-            Ok(share) => share,
-            Err(Errno::NOENT) => return Err(Error::NoShare(name.to_owned())),
-            Err(Errno::NOTDIR | Errno::LOOP) => return Err(Error::Kind(name.to_owned(), "directory")),
-            Err(error) => return Err(Error::Open(name.to_owned(), error.into())),
-        };
+        let share = self.open(name, OFlags::DIRECTORY)?;
         let flags =
             OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
         open_tree(&share, "", flags).map_err(|error| Error::Open(name.to_owned(), error.into()))
@@ -100,21 +94,22 @@ impl Shares {
     /// # Errors
     /// [`Error`] names the share.
     pub(super) fn check(&self, name: &str) -> Result<(), Error> {
-        match self.open(name)?.1 {
+        let share = self.open(name, OFlags::empty())?;
+        let status = fstat(&share).map_err(|error| Error::Open(name.to_owned(), error.into()))?;
+        match FileType::from_raw_mode(status.st_mode) {
             FileType::Symlink => Err(Error::Kind(name.to_owned(), "file or directory")),
             _ => Ok(()),
         }
     }
 
-    fn open(&self, name: &str) -> Result<(OwnedFd, FileType), Error> {
-        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let share = match openat2(&self.0, name, flags, Mode::empty(), ResolveFlags::BENEATH) {
-            Ok(share) => share,
-            Err(Errno::NOENT) => return Err(Error::NoShare(name.to_owned())),
-            Err(error) => return Err(Error::Open(name.to_owned(), error.into())),
-        };
-        let status = fstat(&share).map_err(|error| Error::Open(name.to_owned(), error.into()))?;
-        Ok((share, FileType::from_raw_mode(status.st_mode)))
+    /// Opens the place of a share, or what [`OFlags::DIRECTORY`] makes of it.
+    fn open(&self, name: &str, kind: OFlags) -> Result<OwnedFd, Error> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC | kind;
+        openat2(&self.0, name, flags, Mode::empty(), ResolveFlags::BENEATH).map_err(|error| match error {
+            Errno::NOENT => Error::NoShare(name.to_owned()),
+            Errno::NOTDIR | Errno::LOOP => Error::Kind(name.to_owned(), "directory"),
+            error => Error::Open(name.to_owned(), error.into()),
+        })
     }
 }
 

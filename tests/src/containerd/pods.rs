@@ -4,13 +4,12 @@ use bulkhead_tests::bulkhead::{expect_code, stderr, stdout};
 use bulkhead_tests::ctr::{
     Container, NAMESPACE, in_background, is_runc, processes_called, run_command, status, tasks,
 };
-use bulkhead_tests::files::busybox_tree;
 use bulkhead_tests::vm::{Result, ensure};
 use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::roots::{all_there, paths_below};
+use crate::roots::KeptTree;
 use crate::trial;
 
 pub(crate) fn tests() -> Vec<Trial> {
@@ -110,23 +109,19 @@ fn annotations() -> Result {
 }
 
 fn root_kept() -> Result {
-    let directory = tempfile::tempdir()?;
-    let tree = directory.path().join("tree");
-    busybox_tree(&tree)?;
-    let before = paths_below(&tree)?;
-    let root = tree.to_str().ok_or("a temporary directory")?;
+    let tree = KeptTree::new()?;
     let pod = sandbox("pod", &[])?;
     for _ in 0..2 {
         let membership = membership("pod")?;
         let mut options: Vec<_> = membership.iter().map(String::as_str).collect();
-        options.extend(["--env", "PATH=/bin", "--rootfs", root]);
+        options.extend(["--env", "PATH=/bin", "--rootfs", tree.root()?]);
         let member =
             in_background("member", &options, &["sh", "-c", "echo text >>/written; exec sleep 1000"])?;
         expect_code(&member.exec(&["test", "-s", "/written"])?, 0)?;
         member.end()?;
-        all_there(&before, &tree)?;
+        tree.all_there()?;
     }
-    let written = std::fs::read_to_string(tree.join("written"))?;
+    let written = std::fs::read_to_string(tree.path.join("written"))?;
     ensure(written == "text\ntext\n", || format!("{written:?}"))?;
     pod.end()
 }

@@ -144,23 +144,47 @@ fn block_device() -> Result {
 }
 
 fn kept() -> Result {
-    let directory = tempfile::tempdir()?;
-    let tree = directory.path().join("tree");
-    busybox_tree(&tree)?;
-    let before = paths_below(&tree)?;
-    let root = tree.to_str().ok_or("a temporary directory")?;
+    let tree = KeptTree::new()?;
     for more in [&["--cwd", "/etc/passwd"][..], &["--cwd", "/etc/passwd", "--read-only"]] {
-        let options = [&["--rm", "--env", "PATH=/bin"], more, &["--rootfs", root]].concat();
+        let options = [&["--rm", "--env", "PATH=/bin"], more, &["--rootfs", tree.root()?]].concat();
         let output = run_command("once", &options, &["true"])?.output()?;
         expect_code(&output, 1)?;
         ensure(stderr(&output).contains("/etc/passwd"), || stderr(&output))?;
-        all_there(&before, &tree)?;
+        tree.all_there()?;
     }
     Ok(())
 }
 
+/// A directory of the host, to be a root of which nothing may get lost.
+pub(crate) struct KeptTree {
+    _directory: tempfile::TempDir,
+    pub(crate) path: PathBuf,
+    before: BTreeSet<PathBuf>,
+}
+
+impl KeptTree {
+    pub(crate) fn new() -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let path = directory.path().join("tree");
+        busybox_tree(&path)?;
+        let before = paths_below(&path)?;
+        Ok(Self { _directory: directory, path, before })
+    }
+
+    /// As an argument.
+    pub(crate) fn root(&self) -> Result<&str> {
+        Ok(self.path.to_str().ok_or("a temporary directory")?)
+    }
+
+    /// A runtime may add mount points.
+    pub(crate) fn all_there(&self) -> Result {
+        let (before, after) = (&self.before, paths_below(&self.path)?);
+        ensure(before.is_subset(&after), || format!("{} of {} files are left", after.len(), before.len()))
+    }
+}
+
 /// Everything below a directory.
-pub(crate) fn paths_below(directory: &Path) -> Result<BTreeSet<PathBuf>> {
+fn paths_below(directory: &Path) -> Result<BTreeSet<PathBuf>> {
     let mut found = BTreeSet::new();
     for entry in std::fs::read_dir(directory)? {
         let entry = entry?;
@@ -170,10 +194,4 @@ pub(crate) fn paths_below(directory: &Path) -> Result<BTreeSet<PathBuf>> {
         found.insert(entry.path());
     }
     Ok(found)
-}
-
-/// A runtime may add mount points.
-pub(crate) fn all_there(before: &BTreeSet<PathBuf>, directory: &Path) -> Result {
-    let after = paths_below(directory)?;
-    ensure(before.is_subset(&after), || format!("{} of {} files are left", after.len(), before.len()))
 }

@@ -438,9 +438,9 @@ impl Plugged {
         self.device.host_fd()
     }
 
-    /// See [`VirtioDevice::works_on_vcpus`].
-    pub fn works_on_vcpus(&self) -> bool {
-        self.device.works_on_vcpus()
+    /// Those that ioeventfds are to write to: none when the vCPUs do the work.
+    pub fn ioeventfds(&self) -> &[EventFd] {
+        if self.device.works_on_vcpus() { &[] } else { &self.kicks }
     }
 
     /// Its type, section 5 of the standard.
