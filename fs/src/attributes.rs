@@ -61,10 +61,14 @@ impl Attributes {
     /// What the content is, as far as the times and the size tell. Nothing for a file that was changed just now: the next change could
     /// come within the same tick of the host's clock, and would not show.
     pub fn content(&self, now: Duration) -> Option<Content> {
-        let seconds = |time: StatxTimestamp| Duration::new(time.tv_sec.try_into().unwrap_or(0), time.tv_nsec);
-        let (modified, changed) = (seconds(self.0.stx_mtime), seconds(self.0.stx_ctime));
+        let (modified, changed) = (self.modified(), since_epoch(self.0.stx_ctime));
         let settled = now.checked_sub(CLOCK_TICK).is_some_and(|then| modified < then && changed < then);
         settled.then_some(Content { modified, changed, size: self.0.stx_size })
+    }
+
+    /// When it was modified last, since 1970.
+    pub fn modified(&self) -> Duration {
+        since_epoch(self.0.stx_mtime)
     }
 
     /// Which file it is.
@@ -112,6 +116,11 @@ impl Attributes {
 pub fn write_root(to: &mut Writer) {
     to.u64(1).zeros(16 + 24 + 12);
     to.u32(FileType::Directory.as_raw_mode() | 0o555).u32(2).u32(0).u32(0).u32(0).u32(4096).u32(0);
+}
+
+/// A time before 1970 is taken for that.
+fn since_epoch(time: StatxTimestamp) -> Duration {
+    Duration::new(time.tv_sec.try_into().unwrap_or(0), time.tv_nsec)
 }
 
 /// A device number in the 32 bits that Linux's `new_encode_dev` makes of it.

@@ -9,6 +9,30 @@ use rustix::io::Errno;
 
 use crate::attributes::Attributes;
 
+/// What statfs(2) says of file systems through which a kernel is looked at and steered (linux/magic.h), and their names.
+const KERNEL_MAGIC: [(i64, &str); 14] = [
+    (0x9fa0, "proc"),
+    (0x6265_6572, "sysfs"),
+    (0x0027_e0eb, "cgroup"),
+    (0x6367_7270, "cgroup2"),
+    (0x6462_6720, "debugfs"),
+    (0x7472_6163, "tracefs"),
+    (0x7363_6673, "securityfs"),
+    (0xf97c_ff8c, "selinuxfs"),
+    (0x6265_6570, "configfs"),
+    (0xcafe_4a11, "bpf"),
+    (0x6165_676c, "pstore"),
+    (0xde5e_81e4, "efivarfs"),
+    (0x1cd1, "devpts"),
+    (0x1980_0202, "mqueue"),
+];
+
+/// The name of a file system through which the host's kernel is looked at and steered, by the number that statfs(2) gives for it. None
+/// for those that keep files.
+pub fn kernel_file_system(magic: i64) -> Option<&'static str> {
+    KERNEL_MAGIC.iter().find(|(known, _)| *known == magic).map(|(_, name)| *name)
+}
+
 /// Opens a name in a directory, and nothing else: no link of any kind is followed.
 ///
 /// # Errors

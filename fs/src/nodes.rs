@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::ffi::CStr;
 use std::hash::{BuildHasher, RandomState};
+use std::time::Duration;
 
 use hashbrown::HashTable;
 use hashbrown::hash_table::Entry;
@@ -37,6 +38,8 @@ pub struct Node {
     pub kind: FileType,
     /// Its content when the guest opened it last, whose cache may hold that.
     pub content: Option<Box<Content>>,
+    /// When it was made, as far as its time of modification tells, if it is a symbolic link: the guest keeps where the link of a node leads.
+    made: Option<Duration>,
     /// Its descriptor.
     pub(crate) slot: Option<Slot>,
     /// How often the guest has looked it up and not forgotten it.
@@ -107,7 +110,7 @@ impl Nodes {
     pub fn enter(&mut self, share: u64, parent: u64, name: &CStr, found: &Attributes) -> Result<u64, Errno> {
         let identity = found.identity();
         if let Some(id) = self.find(share, identity)
-            && self.table.get(&id).is_some_and(|node| node.kind == found.kind())
+            && self.table.get(&id).is_some_and(|node| node.kind == found.kind() && node.made == made(found))
             && self.moved(id, parent, name)
         {
             if let Some(node) = self.table.get_mut(&id) {
@@ -127,6 +130,7 @@ impl Nodes {
             identity,
             kind: found.kind(),
             content: None,
+            made: made(found),
             slot: None,
             lookups: 1,
             children: 0,
@@ -250,6 +254,11 @@ impl Nodes {
         self.table = HashMap::new();
         self.index = HashTable::new();
     }
+}
+
+/// See [`Node::made`].
+fn made(found: &Attributes) -> Option<Duration> {
+    (found.kind() == FileType::Symlink).then(|| found.modified())
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
-use crate::attributes::Attributes;
+use crate::attributes::{Attributes, Identity};
 use crate::control::ShareKind;
 use crate::directory::ReadAhead;
 use crate::handles::Handles;
@@ -81,7 +81,7 @@ pub(crate) struct At {
     pub(crate) share: u64,
     pub(crate) kind: ShareKind,
     pub(crate) file_type: FileType,
-    pub(crate) device: u64,
+    pub(crate) identity: Identity,
     pub(crate) descriptor: Rc<OwnedFd>,
 }
 
@@ -188,7 +188,7 @@ impl Session {
             share: known.share,
             kind: self.shares.get(known.share)?.kind,
             file_type: known.kind,
-            device: known.identity.device,
+            identity: known.identity,
             descriptor: Rc::clone(descriptor),
         })
     }

@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use bulkhead_fs::host::kernel_file_system;
 use bulkhead_protocol::agent::SharedNamespace;
 use bulkhead_protocol::limits::SHARE_PREFIX;
 use oci_spec::runtime::{LinuxDeviceType, LinuxNamespaceType, Mount, Spec};
@@ -18,23 +19,6 @@ use crate::image_file::{self, Format, ImageFileError};
 use crate::share::{self, Depth, ShareError};
 use crate::sizing::cpu_count;
 
-/// What statfs(2) says of file systems through which a kernel is looked at and steered (linux/magic.h), and their names.
-const KERNEL_MAGIC: [(i64, &str); 14] = [
-    (0x9fa0, "proc"),
-    (0x6265_6572, "sysfs"),
-    (0x0027_e0eb, "cgroup"),
-    (0x6367_7270, "cgroup2"),
-    (0x6462_6720, "debugfs"),
-    (0x7472_6163, "tracefs"),
-    (0x7363_6673, "securityfs"),
-    (0xf97c_ff8c, "selinuxfs"),
-    (0x6265_6570, "configfs"),
-    (0xcafe_4a11, "bpf"),
-    (0x6165_676c, "pstore"),
-    (0xde5e_81e4, "efivarfs"),
-    (0x1cd1, "devpts"),
-    (0x1980_0202, "mqueue"),
-];
 /// What statfs(2) says of EROFS.
 const EROFS_MAGIC: i64 = 0xe0f5_e1e2;
 /// The image of a layer, beside the directory where containerd's erofs snapshotter has mounted it.
@@ -259,7 +243,7 @@ pub fn take_binds(spec: &mut Spec, id: &str, bundle: &Path) -> Result<Vec<Bind>,
             return Err(HandoverError::Device { host: source, destination });
         }
         let magic = share::file_system_magic(&source).map_err(|e| ShareError::Open(source.clone(), e))?;
-        if let Some((_, kind)) = KERNEL_MAGIC.iter().find(|(known, _)| *known == magic) {
+        if let Some(kind) = kernel_file_system(magic) {
             return Err(HandoverError::Kernel { host: source, destination, kind });
         }
         if kind.is_dir() && is_of_devices(&metadata) {

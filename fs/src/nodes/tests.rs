@@ -5,6 +5,7 @@ use std::fs::{create_dir, hard_link, write};
 use std::path::Path;
 
 use proptest::prelude::*;
+use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, utimensat};
 
 use super::*;
 
@@ -29,6 +30,28 @@ fn a_file_is_one_node_until_it_is_forgotten() {
     nodes.forget(a, 1);
     assert_eq!(nodes.get(a).err(), Some(Errno::STALE));
     assert_ne!(nodes.enter(1, root, c"a", &look(&file)), Ok(a), "ids are not used again");
+}
+
+#[test]
+fn a_link_that_was_made_again_is_another_node_even_with_the_same_inode() {
+    let directory = tempfile::tempdir().unwrap();
+    let link = directory.path().join("l");
+    std::os::unix::fs::symlink("old", &link).unwrap();
+    let mut nodes = Nodes::new(8);
+    let root = nodes.enter(1, ROOT, c"share", &look(directory.path())).unwrap();
+    let old = nodes.enter(1, root, c"l", &look(&link)).unwrap();
+    assert_eq!(nodes.enter(1, root, c"l", &look(&link)), Ok(old));
+    // A file system gives a new file the number of one that was removed just before: all that is new then is the time.
+    let time = Timespec { tv_sec: 77, tv_nsec: 0 };
+    let times = Timestamps { last_access: time, last_modification: time };
+    utimensat(CWD, &link, &times, AtFlags::SYMLINK_NOFOLLOW).unwrap();
+    let new = nodes.enter(1, root, c"l", &look(&link)).unwrap();
+    assert_ne!(new, old);
+    assert_eq!(nodes.find(1, look(&link).identity()), Some(new));
+    nodes.forget(old, 2);
+    nodes.forget(new, 1);
+    nodes.forget(root, 1);
+    assert!(nodes.is_empty() && nodes.index.is_empty());
 }
 
 #[test]

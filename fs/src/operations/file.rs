@@ -15,7 +15,6 @@ use crate::attributes::Attributes;
 use crate::control::ShareKind;
 use crate::handles::Open;
 use crate::host::open_in;
-use crate::name::Name;
 use crate::nodes::ROOT;
 use crate::session::{At, Passed, Session};
 use crate::wire::{FOPEN_KEEP_CACHE, FSYNC_FDATASYNC, InHeader, OPEN_KILL_SUIDGID, Reader, Writer};
@@ -114,7 +113,8 @@ fn is_unchanged(session: &mut Session, node: u64, file: &OwnedFd) -> bool {
     unchanged
 }
 
-/// CREATE. What is there already is opened like any file, unless that was ruled out: so it is a regular one, and not made by anybody else.
+/// CREATE. What somebody else has made since the guest looked is stale news, unless it asked for a file of its own: the guest's kernel then
+/// looks again, and decides who may open what is there.
 pub(super) fn create(session: &mut Session, header: &InHeader, mut body: Reader<'_>) -> Result<Writer> {
     let (flags, mode, mask, open_flags) = (body.u32()?, body.u32()?, body.u32()?, body.u32()?);
     let (wanted, name) = (Wanted::new(flags, open_flags), body.name()?);
@@ -134,28 +134,8 @@ pub(super) fn create(session: &mut Session, header: &InHeader, mut body: Reader<
             pass(session, &at, node, file, Some(node), &mut reply);
             Ok(reply)
         }
-        Err(Errno::EXIST) if !wanted.exclusive => open_existing(session, &at, name, wanted),
+        Err(Errno::EXIST) if !wanted.exclusive => Err(Errno::STALE),
         Err(errno) => Err(errno),
-    }
-}
-
-fn open_existing(session: &mut Session, at: &At, name: Name<'_>, wanted: Wanted) -> Result<Writer> {
-    let found = Attributes::at(&*at.descriptor, name.as_c_str())?;
-    let mut reply = Writer::reply();
-    let node = write_entry(session, at, name.as_c_str(), &found, &mut reply)?;
-    match open_node(session, node, wanted).and_then(|(file, _)| Ok((Attributes::of(&file)?, file))) {
-        Ok((now, file)) => {
-            // Truncated, perhaps.
-            let mut reply = Writer::reply();
-            write_entry(session, at, name.as_c_str(), &now, &mut reply)?;
-            session.nodes.forget(node, 1);
-            pass(session, at, node, file, Some(node), &mut reply);
-            Ok(reply)
-        }
-        Err(errno) => {
-            session.nodes.forget(node, 1);
-            Err(errno)
-        }
     }
 }
 

@@ -4,13 +4,15 @@ use std::ffi::CStr;
 use std::rc::Rc;
 
 use rustix::fs::{
-    AtFlags, FileType, Gid, OFlags, Timespec, Timestamps, Uid, chownat, ftruncate, readlinkat, utimensat,
+    AtFlags, FileType, Gid, OFlags, Timespec, Timestamps, Uid, chownat, fstatfs, ftruncate, readlinkat,
+    utimensat,
 };
 use rustix::io::Errno;
 
 use super::Result;
 use crate::attributes::{Attributes, write_root, write_timeouts};
 use crate::handles::Open;
+use crate::host::{kernel_file_system, open_in};
 use crate::nodes::ROOT;
 use crate::session::{At, Session};
 use crate::wire::{ATTR_SUBMOUNT, GETATTR_FH, InHeader, Reader, Writer, fattr, opcode};
@@ -44,6 +46,9 @@ pub(super) fn lookup(session: &mut Session, header: &InHeader, mut body: Reader<
 }
 
 /// Has the guest know what was found in a directory: `fuse_entry_out`. Gives the node.
+///
+/// # Errors
+/// EACCES for what the host's kernel says of itself, which may be mounted below a share.
 pub(super) fn write_entry(
     session: &mut Session,
     at: &At,
@@ -51,8 +56,14 @@ pub(super) fn write_entry(
     found: &Attributes,
     to: &mut Writer,
 ) -> Result<u64> {
+    if found.identity().mount != at.identity.mount {
+        let mounted = open_in(&*at.descriptor, name, OFlags::PATH, 0)?;
+        if kernel_file_system(fstatfs(&mounted)?.f_type).is_some() {
+            return Err(Errno::ACCESS);
+        }
+    }
     let id = session.nodes.enter(at.share, at.node, name, found)?;
-    let flags = submount(session, found, at.device);
+    let flags = submount(session, found, at.identity.device);
     to.u64(id).u64(0);
     write_timeouts(to, at.kind.timeout(), at.kind.timeout());
     found.write(to, flags);

@@ -6,7 +6,10 @@ use std::path::Path;
 
 use bulkhead_fs::control::{Fd, Request, ShareKind};
 use bulkhead_fs::wire::{Reader, Writer, fattr, opcode};
-use libc::{EBADF, ENOENT, EROFS, ESTALE, O_APPEND, O_RDONLY, O_RDWR, O_TRUNC, O_WRONLY};
+use libc::{EACCES, EBADF, ENOENT, EROFS, ESTALE, O_APPEND, O_RDONLY, O_RDWR, O_TRUNC, O_WRONLY};
+
+use rustix::fs::CWD;
+use rustix::mount::{MountFlags, OpenTreeFlags, UnmountFlags, mount, open_tree, unmount};
 
 use crate::client::{Server, text};
 
@@ -153,6 +156,38 @@ fn a_read_only_share_refuses_every_change() {
     assert_eq!(server.call(opcode::FALLOCATE, f, &allocate.0).err(), Some(EROFS));
     assert_eq!(fs::read(host.path().join("f")).unwrap(), b"text");
     assert_eq!(fs::read_dir(host.path()).unwrap().count(), 2);
+}
+
+/// What is mounted below a directory comes with it, but for what the host's kernel says of itself.
+#[test]
+fn the_kernels_file_systems_below_a_share_are_not_entered() {
+    let Some(mut server) = Server::start(&[]) else { return };
+    let host = tempfile::tempdir().unwrap();
+    let mounted = ["proc", "sysfs", "tmpfs"].map(|kind| {
+        let place = host.path().join(kind);
+        fs::create_dir(&place).unwrap();
+        mount("none", &place, kind, MountFlags::empty(), None).unwrap();
+        place
+    });
+    let flags =
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
+    let tree = open_tree(CWD, host.path(), flags).unwrap();
+    for place in mounted {
+        unmount(&place, UnmountFlags::DETACH).unwrap();
+    }
+    let (name, kind) = ("share".to_owned(), ShareKind::Bind);
+    server.owner(Request::AddShare { name, share: Fd(0), kind, read_only: false }, &[tree.as_fd()]).unwrap();
+    let root = server.walk(1, &["share"]);
+    for name in ["proc", "sysfs"] {
+        assert_eq!(server.lookup(root, name).err(), Some(EACCES), "{name}");
+    }
+    let tmpfs = server.walk(root, &["tmpfs"]);
+    server.make_directory(tmpfs, "d", 0o755, 0).unwrap();
+    let handle = server.open_directory(root).unwrap();
+    let listed = server.list(opcode::READDIRPLUS, root, handle, 0, 4096).unwrap();
+    let known: Vec<_> =
+        listed.iter().filter(|(node, ..)| *node != 0).map(|(.., name)| name.as_str()).collect();
+    assert_eq!((listed.len(), known), (5, vec!["tmpfs"]));
 }
 
 #[test]
