@@ -142,6 +142,7 @@ pub(super) const FILES: &[Call] = &[
     // Between those files and guest memory.
     any(SYS_preadv),
     any(SYS_pwritev),
+    only(SYS_fcntl, 1, &[bits(libc::F_GETFL), bits(libc::F_SETFL)]),
 ];
 
 /// A vCPU's thread.

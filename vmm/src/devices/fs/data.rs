@@ -65,6 +65,9 @@ impl Fs {
         let Some(open) = self.handles.get(asked.handle) else {
             return self.answer(memory, unique, Err(libc::EBADF));
         };
+        if let Err(errno) = open.set_append(asked.appends) {
+            return self.answer(memory, unique, Err(errno as i32));
+        }
         match move_data(memory, &open.file, asked, (&self.readable, after), Direction::Write)? {
             Ok(moved) => {
                 let moved = u32::try_from(moved).expect("at most DATA_MAX");

@@ -91,12 +91,24 @@ pub(super) struct DataIn {
     pub(super) handle: u64,
     pub(super) offset: u64,
     pub(super) size: usize,
+    /// A WRITE by a program whose descriptor appends now. Pages that are written back are not: they have their places, by whatever
+    /// descriptor that is done.
+    pub(super) appends: bool,
 }
+
+/// `FUSE_WRITE_CACHE`: pages are written back.
+const WRITE_CACHE: u32 = 1;
 
 impl DataIn {
     /// Reads it from behind a header.
     pub(super) fn parse(bytes: &[u8; DATA_IN]) -> Self {
-        Self { handle: long(bytes, 0), offset: long(bytes, 8), size: word(bytes, 16) as usize }
+        let (write_flags, flags) = (word(bytes, 20), word(bytes, 32).cast_signed());
+        Self {
+            handle: long(bytes, 0),
+            offset: long(bytes, 8),
+            size: word(bytes, 16) as usize,
+            appends: flags & libc::O_APPEND != 0 && write_flags & WRITE_CACHE == 0,
+        }
     }
 }
 

@@ -168,8 +168,22 @@ fn a_file_opened_for_appending_is_appended_to() {
     let mut world = World::new();
     world.open(5, &std::fs::OpenOptions::new().append(true).open(&path).unwrap());
     std::fs::write(&path, "first, longer than the guest knows\n").unwrap();
-    world.ask_device(op::WRITE, &write_in(5, 6, b"second\n"), 8).body();
+    let write = |world: &mut World, offset, data: &[u8], write_flags: u32, flags: i32| {
+        let mut body = write_in(5, offset, data);
+        body[20..24].copy_from_slice(&write_flags.to_le_bytes());
+        body[32..36].copy_from_slice(&flags.to_le_bytes());
+        world.ask_device(op::WRITE, &body, 8).body().to_vec()
+    };
+    write(&mut world, 6, b"second\n", 0, libc::O_APPEND);
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "first, longer than the guest knows\nsecond\n");
+    // Pages of a mapping are written back by any descriptor (FUSE_WRITE_CACHE), and one may have stopped appending.
+    write(&mut world, 0, b"F", 1, libc::O_APPEND);
+    write(&mut world, 1, b"I", 0, libc::O_WRONLY);
+    write(&mut world, 0, b"third\n", 0, libc::O_APPEND);
+    assert_eq!(
+        std::fs::read_to_string(&path).unwrap(),
+        "FIrst, longer than the guest knows\nsecond\nthird\n"
+    );
 }
 
 #[test]

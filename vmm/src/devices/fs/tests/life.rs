@@ -193,7 +193,8 @@ fn the_devices_work_is_within_the_filters_of_the_threads_that_do_it() {
     world.has_vcpus = false;
     assert!(allows(Thread::Files, || {
         world.open(5, &file);
-        let body = [&data_in(5, 0, 4)[..], b"text"].concat();
+        let mut body = [&data_in(5, 0, 4)[..], b"text"].concat();
+        body[32..36].copy_from_slice(&libc::O_APPEND.to_le_bytes());
         assert_eq!(world.ask_device(op::WRITE, &body, 8).error(), 0);
         assert_eq!(world.ask_device(op::READ, &data_in(5, 0, 9), 9).body(), b"text");
         world.ask(0, op::RELEASE, &5u64.to_le_bytes(), 0);
