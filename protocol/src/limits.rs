@@ -28,6 +28,9 @@ pub const ERROR_TEXT_MAX: usize = 4096;
 pub const SHARES_TAG: &str = "bulkhead";
 /// What the source of a bind mount begins with in a configuration that the agent gets; the share's name, an id, follows.
 pub const SHARE_PREFIX: &str = "share:";
+/// What the source of a bind mount begins with that is memory of the guest's: a name, an id, follows, a colon, and the most bytes that it
+/// may take. The first container that names it has it made; it stays as long as the guest.
+pub const MEMORY_PREFIX: &str = "memory:";
 
 /// Containers and execs that may live at a time.
 pub const CONTAINERS_MAX: usize = 1024;

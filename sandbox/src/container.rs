@@ -1,14 +1,17 @@
 //! A container to be made: what the host has for it is opened, then given slots and names in its machine.
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::Arc;
 
 use bulkhead_fs::control::ShareKind;
 use bulkhead_protocol::agent::{CreateContainerRequest, Rootfs, Stdio};
 use oci_spec::runtime::Spec;
 
+use crate::binds::{self, Bind, Shared, SharedBinds};
 use crate::disk::Disk;
 use crate::file_server::FileServer;
-use crate::handover::{self, Above, Bind, Root, RootfsMount};
+use crate::handover::{self, Above, Root, RootfsMount};
 use crate::pod::PodError;
 use crate::size::Size;
 use crate::sizing::MachineSize;
@@ -46,6 +49,7 @@ pub enum RootSource<'a> {
 /// What the host has for a container, opened, and what the agent is told but for the root.
 pub(crate) struct Prepared {
     request: CreateContainerRequest,
+    spec: Spec,
     root: Root,
     binds: Vec<Bind>,
 }
@@ -71,7 +75,7 @@ impl Prepared {
             RootSource::Opened(root) => (Vec::new(), Some(root)),
         };
         let read_only = spec.root().as_ref().is_some_and(|root| root.readonly() == Some(true));
-        let has_nothing_to_open = opened.is_some() && !handover::has_binds(&spec);
+        let has_nothing_to_open = opened.is_some() && !binds::has_any(&spec);
         let prepare = move || -> Result<Self, PodError> {
             handover::refuse_hooks(&spec)?;
             handover::refuse_disks(&spec)?;
@@ -79,9 +83,8 @@ impl Prepared {
             handover::renumber_cpus(&mut spec, size.cpus)?;
             let directory = spec.root().as_ref().map(|root| bundle.join(root.path()));
             let root = opened.map_or_else(|| handover::root(&mounts, directory.as_deref()), Ok)?;
-            let binds = handover::take_binds(&mut spec, &id, &bundle)?;
-            request.spec = serde_json::to_vec(&spec)?;
-            Ok(Self { request, root, binds })
+            let binds = binds::take(&mut spec, &bundle)?;
+            Ok(Self { request, spec, root, binds })
         };
         let mut prepared =
             if has_nothing_to_open { prepare()? } else { tokio::task::spawn_blocking(prepare).await?? };
@@ -103,14 +106,19 @@ pub(crate) struct Plan {
     /// Its disks, each with its slot.
     pub(crate) disks: Vec<(u8, Disk)>,
     /// What it shares with the host.
-    pub(crate) shares: Vec<(Bind, ShareKind)>,
+    pub(crate) shares: Vec<(OwnedFd, Shared, ShareKind)>,
 }
 
 impl Plan {
     /// Finds slots and names for what was opened.
-    pub(crate) fn new(prepared: Prepared, slots: &mut Slots, size: MachineSize) -> Result<Self, PodError> {
-        let Prepared { mut request, root, binds } = prepared;
-        let mut shares: Vec<_> = binds.into_iter().map(|bind| (bind, ShareKind::Bind)).collect();
+    pub(crate) fn new(
+        prepared: Prepared,
+        slots: &mut Slots,
+        shared: &mut SharedBinds,
+        size: MachineSize,
+    ) -> Result<Self, PodError> {
+        let Prepared { mut request, mut spec, root, binds } = prepared;
+        let mut root_share = None;
         let Storage { disks, rootfs } = match root {
             Root::Layers { images, above } => {
                 let upper = match above {
@@ -126,11 +134,21 @@ impl Plan {
             Root::Share(mount) => {
                 let name = format!("{}.root", request.container_id);
                 let rootfs = Rootfs { share: name.clone(), ..Default::default() };
-                shares.push((Bind { name, mount, read_only: false }, ShareKind::Root));
+                let shared = Shared { name, read_only: false, served: Arc::default() };
+                root_share = Some((mount, shared, ShareKind::Root));
                 Storage { disks: Vec::new(), rootfs }
             }
         };
         request.rootfs = Some(rootfs).into();
+        // Last of all, since nothing gives them back that have been taken for a plan that fails.
+        let id = &request.container_id;
+        let mut shares = Vec::from_iter(root_share);
+        shares.extend(binds.into_iter().map(|bind| {
+            let share = shared.take(id, &bind);
+            bind.name(&mut spec, &share.name);
+            (bind.mount, share, ShareKind::Bind)
+        }));
+        request.spec = serde_json::to_vec(&spec)?;
         Ok(Self { request, disks, shares })
     }
 
@@ -139,15 +157,15 @@ impl Plan {
         Holdings {
             planned: self.disks.iter().map(|(slot, _)| *slot).collect(),
             plugged: Vec::new(),
-            shares: self.shares.iter().map(|(bind, _)| bind.name.clone()).collect(),
+            shares: self.shares.iter().map(|(_, shared, _)| shared.name.clone()).collect(),
             writes_disk: self.disks.iter().any(|(_, disk)| !disk.read_only),
         }
     }
 
     /// Has a file server show its shares to the guest.
     pub(crate) async fn serve(&self, server: &FileServer) -> Result<(), PodError> {
-        for (bind, kind) in &self.shares {
-            server.add(&bind.name, &bind.mount, *kind, bind.read_only).await?;
+        for (mount, Shared { name, read_only, served }, kind) in &self.shares {
+            served.get_or_try_init(|| server.add(name, mount, *kind, *read_only)).await?;
         }
         Ok(())
     }
@@ -201,8 +219,10 @@ mod tests {
         fs::write(&image, content).unwrap();
         let above = Above::Disk(tempfile::tempfile().unwrap());
         let root = Root::Layers { images: vec![image], above };
-        let prepared = Prepared { request: CreateContainerRequest::default(), root, binds: Vec::new() };
-        Plan::new(prepared, slots, MachineSize { memory_mib: 64, cpus: 1 }).unwrap()
+        let (request, spec) = (CreateContainerRequest::default(), Spec::default());
+        let prepared = Prepared { request, spec, root, binds: Vec::new() };
+        let size = MachineSize { memory_mib: 64, cpus: 1 };
+        Plan::new(prepared, slots, &mut SharedBinds::default(), size).unwrap()
     }
 
     #[test]

@@ -6,13 +6,11 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use bulkhead_fs::host::kernel_file_system;
 use bulkhead_protocol::agent::SharedNamespace;
-use bulkhead_protocol::limits::SHARE_PREFIX;
-use oci_spec::runtime::{LinuxDeviceType, LinuxNamespaceType, Mount, Spec};
+use oci_spec::runtime::{LinuxDeviceType, LinuxNamespaceType, Spec};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 
 use crate::image_file::{self, Format, ImageFileError};
@@ -62,17 +60,6 @@ pub enum Root {
     Ext4(File),
     /// A directory to share.
     Share(OwnedFd),
-}
-
-/// A file or a directory that a container has from the host.
-#[derive(Debug)]
-pub struct Bind {
-    /// The name of its share.
-    pub name: String,
-    /// A private copy of its mount.
-    pub mount: OwnedFd,
-    /// The container may not change it.
-    pub read_only: bool,
 }
 
 /// Why a container cannot be had in a virtual machine.
@@ -219,60 +206,6 @@ fn open_disk(path: &Path) -> Result<File, HandoverError> {
     Ok(openat(CWD, path, flags, Mode::empty()).map_err(|e| failed(e.into()))?.into())
 }
 
-/// True when a configuration has bind mounts.
-pub fn has_binds(spec: &Spec) -> bool {
-    spec.mounts().iter().flatten().any(is_bind)
-}
-
-/// Takes the bind mounts of a configuration as shares, and has the configuration name those instead.
-///
-/// # Errors
-/// [`HandoverError`] when a source does not exist, is a device or is the kernel's of the host.
-pub fn take_binds(spec: &mut Spec, id: &str, bundle: &Path) -> Result<Vec<Bind>, HandoverError> {
-    let mut binds = Vec::new();
-    for mount in spec.mounts_mut().iter_mut().flatten() {
-        if !is_bind(mount) {
-            continue;
-        }
-        let destination = mount.destination().clone();
-        let source = mount.source().clone().ok_or_else(|| HandoverError::NoSource(destination.clone()))?;
-        let source = bundle.join(source);
-        let metadata = fs::metadata(&source).map_err(|e| ShareError::Open(source.clone(), e))?;
-        let kind = metadata.file_type();
-        if kind.is_block_device() || kind.is_char_device() {
-            return Err(HandoverError::Device { host: source, destination });
-        }
-        let magic = share::file_system_magic(&source).map_err(|e| ShareError::Open(source.clone(), e))?;
-        if let Some(kind) = kernel_file_system(magic) {
-            return Err(HandoverError::Kernel { host: source, destination, kind });
-        }
-        if kind.is_dir() && is_of_devices(&metadata) {
-            return Err(HandoverError::Kernel { host: source, destination, kind: "device directory" });
-        }
-        let has = |wanted: &[&str]| {
-            mount.options().iter().flatten().any(|option| wanted.contains(&option.as_str()))
-        };
-        let read_only = has(&["ro", "rro"]);
-        let depth = if has(&["rbind"]) { Depth::All } else { Depth::One };
-        let name = format!("{id}.{}", binds.len());
-        binds.push(Bind { name: name.clone(), mount: share::bind(&source, depth, read_only)?, read_only });
-        mount.set_source(Some(format!("{SHARE_PREFIX}{name}").into()));
-    }
-    Ok(binds)
-}
-
-/// True for `/dev` and for the directories in it that have no mount of their own, as `/dev/shm` has: their file system has no magic
-/// number of its own. A socket in it, such as `/dev/log`, is one like any other.
-fn is_of_devices(metadata: &fs::Metadata) -> bool {
-    let device = |path| fs::metadata(path).map(|metadata| metadata.dev()).ok();
-    device("/dev").is_some_and(|dev| dev == metadata.dev() && Some(dev) != device("/"))
-}
-
-fn is_bind(mount: &Mount) -> bool {
-    let bind = |option: &String| option == "bind" || option == "rbind";
-    mount.typ().as_deref() == Some("bind") || mount.options().iter().flatten().any(bind)
-}
-
 /// Takes away the namespaces that the machine itself stands for, or that another container of it has: the network is the machine's, and
 /// in a pod, whose first container is `first`, a namespace with a path is that container's.
 ///
@@ -405,44 +338,6 @@ mod tests {
         assert!(error.contains("btrfs") && error.contains("overlayfs"), "{error}");
         let two = [mount("bind", Path::new("/"), &[]), mount("bind", Path::new("/"), &[])];
         assert!(matches!(root(&two, None), Err(HandoverError::Mounts(2))));
-    }
-
-    #[test]
-    fn bind_mounts_become_shares() {
-        if !geteuid().is_root() {
-            return;
-        }
-        let bundle = tempfile::tempdir().unwrap();
-        fs::write(bundle.path().join("file"), "").unwrap();
-        let mut given = spec(&json!({"ociVersion": "1.2.0", "mounts": [
-            {"destination": "/proc", "type": "proc", "source": "proc"},
-            {"destination": "/a", "type": "bind", "source": bundle.path(), "options": ["rbind", "ro"]},
-            {"destination": "/b", "source": "file", "options": ["bind"]},
-        ]}));
-        let binds = take_binds(&mut given, "c1", bundle.path()).unwrap();
-        let taken: Vec<_> = binds.iter().map(|bind| (bind.name.as_str(), bind.read_only)).collect();
-        assert_eq!(taken, [("c1.0", true), ("c1.1", false)]);
-        let sources: Vec<_> =
-            given.mounts().iter().flatten().map(|mount| mount.source().clone().unwrap()).collect();
-        assert_eq!(sources, ["proc", "share:c1.0", "share:c1.1"].map(PathBuf::from));
-    }
-
-    #[test]
-    fn devices_and_missing_files_are_not_bound() {
-        let with = |source: &str| {
-            let mounts = json!([{"destination": "/a", "type": "bind", "source": source}]);
-            take_binds(&mut spec(&json!({"ociVersion": "1.2.0", "mounts": mounts})), "c", Path::new("/"))
-        };
-        assert!(matches!(with("/dev/null"), Err(HandoverError::Device { .. })));
-        for (source, kind) in [("/proc", "proc"), ("/proc/sys/kernel", "proc")] {
-            let refused = with(source);
-            assert!(
-                matches!(&refused, Err(HandoverError::Kernel { kind: k, .. }) if *k == kind),
-                "{refused:?}"
-            );
-        }
-        assert!(with("/nonexistent").unwrap_err().to_string().contains("/nonexistent"));
-        assert!(!is_of_devices(&fs::metadata("/proc").unwrap()));
     }
 
     #[test]

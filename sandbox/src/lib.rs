@@ -13,7 +13,7 @@
 //! - [`cgroup`]: the host's cgroup of a sandbox
 //! - [`console`], [`end`]: what the guest's console said, and how a machine came to its end
 //! - [`sandbox`]: a machine from its first process to its last, built from the above
-//! - [`handover`]: from what containerd hands over to what a guest can use
+//! - [`handover`]: from what containerd hands over to what a guest can use; [`binds`]: its bind mounts
 //! - [`container`]: a container to be made, with what it has of the host
 //! - [`pod`]: a machine with the containers of a pod, from what containerd hands over
 //! - [`agent`], [`stream`]: calls to the agent in the guest, and the standard streams of its processes
@@ -22,6 +22,7 @@
 
 pub mod agent;
 pub mod artifacts;
+pub mod binds;
 mod birth;
 pub mod cgroup;
 mod cmdline;

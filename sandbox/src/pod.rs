@@ -19,6 +19,7 @@ use ttrpc::Code;
 
 use crate::agent::{Agent, AgentError};
 use crate::artifacts::Artifacts;
+use crate::binds::SharedBinds;
 use crate::cgroup::{CgroupError, SandboxCgroup};
 use crate::config::{Annotations, Config};
 use crate::container::{Holdings, NewContainer, Plan, Prepared};
@@ -220,6 +221,7 @@ pub struct Pod {
     empty: PathBuf,
     cgroup: Option<SandboxCgroup>,
     slots: Mutex<Slots>,
+    shared: Mutex<SharedBinds>,
     containers: Mutex<HashMap<String, Holdings>>,
     cpus: Mutex<Option<JoinHandle<Result<(), GrowError>>>>,
     connected: Stamp,
@@ -248,9 +250,9 @@ impl Pod {
 
     async fn start_in(config: &PodConfig<'_>, first: NewContainer<'_>) -> Result<Arc<Self>, PodError> {
         let (size, cgroup) = (config.size, &config.cgroup);
-        let mut slots = Slots::default();
+        let (mut slots, mut shared) = (Slots::default(), SharedBinds::default());
         let storage = config.config.defaults.storage;
-        let plan = Plan::new(Prepared::make(first, size, storage).await?, &mut slots, size)?;
+        let plan = Plan::new(Prepared::make(first, size, storage).await?, &mut slots, &mut shared, size)?;
 
         let empty = config.paths.empty()?;
         let entrance =
@@ -309,6 +311,7 @@ impl Pod {
             empty,
             cgroup: cgroup.clone(),
             slots: Mutex::new(slots),
+            shared: Mutex::new(shared),
             containers: Mutex::default(),
             cpus: Mutex::default(),
             _uid: uid,
@@ -339,7 +342,7 @@ impl Pod {
             );
         }
         let prepared = Prepared::make(container, self.size, self.storage).await?;
-        let plan = Plan::new(prepared, &mut locked(&self.slots), self.size)?;
+        let plan = Plan::new(prepared, &mut locked(&self.slots), &mut locked(&self.shared), self.size)?;
         let id = &plan.request.container_id;
         // From here on what it holds is known, so that it can be given back whatever happens.
         locked(&self.containers).insert(id.clone(), plan.holdings());
@@ -447,6 +450,7 @@ impl Pod {
                 Err(error) => tracing::warn!("cannot unplug slot {slot} of container {id}: {error}"),
             }
         }
+        holdings.shares.retain(|share| locked(&self.shared).give_back(share));
         for share in holdings.shares {
             if let Some(server) = self.file_server.get()
                 && let Err(error) = server.remove(&share).await

@@ -1,10 +1,11 @@
 //! What a worker does to a container: create it, join a process to it, remove it.
 //!
 //! [`spec`] makes the configuration fit with [`mounts`] and [`namespaces`], [`rootfs`] mounts the root, which may be one of
-//! [`shares`], [`user`] finds out who the process is, [`program`] becomes its program; between the last two, libcontainer makes
+//! [`shares`], as bind mounts are unless they are [`memory`], [`user`] finds out who the process is, [`program`] becomes its program; between the last two, libcontainer makes
 //! and enters the namespaces and filters.
 
 mod launch;
+mod memory;
 mod mounts;
 pub(crate) mod namespaces;
 mod program;
@@ -29,6 +30,7 @@ use crate::cgroup::{self, Cgroup, settings};
 use crate::chain;
 use crate::zygote::protocol::{Failure, FailureKind, Job};
 use launch::{Launch, Membership};
+use mounts::Source;
 use namespaces::Shared;
 use shares::Shares;
 
@@ -61,6 +63,8 @@ enum Error {
     User(#[from] user::Error),
     #[error(transparent)]
     Share(#[from] shares::Error),
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
     #[error(transparent)]
     Cgroup(#[from] cgroup::Error),
     #[error(transparent)]
@@ -126,15 +130,17 @@ fn create_parts(call: &CreateContainerRequest, start: &str, mut job: Job) -> Res
     let cgroup = Cgroup::path(id);
     // They are open until libcontainer has joined them, at the end of this function.
     let shared = shared_namespaces(call, std::mem::take(&mut job.namespaces))?;
-    let spec::Configuration { mut spec, limits, shares } =
+    let spec::Configuration { mut spec, limits, sources } =
         spec::container(&call.spec, &shared, &cgroup, &directory.join("rootfs"))?;
     take_mappings(&mut spec, &call.shared_namespaces)?;
     fs::create_dir(&directory).map_err(|error| Error::File("create the container's directory", error))?;
     let root = rootfs::mount(&call.rootfs, &directory)?;
     rootfs::check(&root)?;
-    if !shares.is_empty() {
-        let mounted = Shares::mounted()?;
-        shares.iter().try_for_each(|share| mounted.check(share))?;
+    for source in &sources {
+        match source {
+            Source::Share(name) => Shares::mounted()?.check(name)?,
+            Source::Memory(memory) => memory.mount()?,
+        }
     }
     mounts::check(spec.mounts().as_deref().unwrap_or_default(), &root).map_err(spec::Error::from)?;
     if let Some(process) = spec.process_mut() {

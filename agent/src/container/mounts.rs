@@ -1,16 +1,17 @@
-//! The mounts of a configuration: what libcontainer would do wrong is refused, and shares get the paths that they have in the
-//! guest.
+//! The mounts of a configuration: what libcontainer would do wrong is refused, and shares and memory get the paths that they have in
+//! the guest.
 
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Component, Path, PathBuf};
 
-use bulkhead_protocol::limits::{SHARE_PREFIX, is_valid_id};
+use bulkhead_protocol::limits::{MEMORY_PREFIX, SHARE_PREFIX, is_valid_id};
 use libcontainer::rootfs::utils::is_bind;
 use oci_spec::runtime::Mount;
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2, readlinkat};
 
+use super::memory::Memory;
 use super::shares;
 use super::spec::clean;
 
@@ -20,7 +21,9 @@ const LINKS_MAX: u32 = 40;
 /// Why a mount is refused.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    #[error("{0} is bind mounted from {1}: only what the host shares can be, as {SHARE_PREFIX}NAME")]
+    #[error(
+        "{0} is bind mounted from {1}: only what the host shares can be, as {SHARE_PREFIX}NAME, or memory, as {MEMORY_PREFIX}NAME:BYTES"
+    )]
     Source(PathBuf, PathBuf),
     #[error("{0} is id-mapped, which is not supported")]
     IdMapped(PathBuf),
@@ -85,11 +88,41 @@ const BIND_OPTIONS: [&str; 43] = [
     "rnosymfollow",
 ];
 
-/// Checks a mount, and has one whose source is a share mount it. Returns the share's name.
+/// What a bind mount is of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    /// A share, by its name.
+    Share(String),
+    /// Memory that containers have in common.
+    Memory(Memory),
+}
+
+impl Source {
+    /// Reads the source of a mount.
+    fn parse(source: &Path) -> Option<Self> {
+        let source = source.to_str()?;
+        if let Some(name) = source.strip_prefix(SHARE_PREFIX) {
+            return is_valid_id(name).then(|| Self::Share(name.to_owned()));
+        }
+        let (name, bytes) = source.strip_prefix(MEMORY_PREFIX)?.split_once(':')?;
+        let bytes = bytes.parse().ok()?;
+        is_valid_id(name).then(|| Self::Memory(Memory { name: name.to_owned(), bytes }))
+    }
+
+    /// Where it is in the guest.
+    fn path(&self) -> PathBuf {
+        match self {
+            Self::Share(name) => shares::path(name),
+            Self::Memory(memory) => memory.path(),
+        }
+    }
+}
+
+/// Checks a mount, and gives a bind mount the path that its source has in the guest.
 ///
 /// # Errors
 /// [`Error`] names the mount.
-pub(super) fn prepare(mount: &mut Mount) -> Result<Option<String>, Error> {
+pub(super) fn prepare(mount: &mut Mount) -> Result<Option<Source>, Error> {
     let destination = mount.destination().clone();
     let mapped = |mappings: &Option<Vec<_>>| mappings.as_ref().is_some_and(|mappings| !mappings.is_empty());
     let options = || mount.options().iter().flatten().map(String::as_str);
@@ -115,12 +148,9 @@ pub(super) fn prepare(mount: &mut Mount) -> Result<Option<String>, Error> {
         return Err(Error::Destination(destination));
     }
     let source = mount.source().clone().unwrap_or_default();
-    let share = source.to_str().and_then(|source| source.strip_prefix(SHARE_PREFIX));
-    let Some(share) = share.filter(|share| is_valid_id(share)).map(str::to_owned) else {
-        return Err(Error::Source(destination, source));
-    };
-    mount.set_source(Some(shares::path(&share))).set_typ(Some("bind".into())).set_destination(destination);
-    Ok(Some(share))
+    let Some(parsed) = Source::parse(&source) else { return Err(Error::Source(destination, source)) };
+    mount.set_source(Some(parsed.path())).set_typ(Some("bind".into())).set_destination(destination);
+    Ok(Some(parsed))
 }
 
 /// Refuses bind mounts whose destination is a link in `root` to where nothing can be mounted. Links in what the mounts before
@@ -203,9 +233,9 @@ mod tests {
 
     use super::*;
 
-    fn prepared(mount: &Value) -> Result<(Option<String>, Mount), Error> {
+    fn prepared(mount: &Value) -> Result<(Option<Source>, Mount), Error> {
         let mut mount = serde_json::from_value(mount.clone()).unwrap();
-        prepare(&mut mount).map(|share| (share, mount))
+        prepare(&mut mount).map(|source| (source, mount))
     }
 
     #[test]
@@ -216,10 +246,18 @@ mod tests {
             json!({"destination": "/v", "source": "share:v.1", "type": "none", "options": ["bind", "rro", "nosuid"]}),
         ] {
             let (share, mount) = prepared(&mount).unwrap();
-            assert_eq!(share.as_deref(), Some("v.1"));
+            assert_eq!(share, Some(Source::Share("v.1".into())));
             assert_eq!(mount.source().as_deref(), Some(Path::new("/run/bulkhead/shares/v.1")));
             assert_eq!(mount.typ().as_deref(), Some("bind"));
         }
+    }
+
+    #[test]
+    fn memory_gets_its_path() {
+        let mount = json!({"destination": "/dev/shm", "source": "memory:a.1:4096", "type": "bind"});
+        let (source, mount) = prepared(&mount).unwrap();
+        assert_eq!(source, Some(Source::Memory(Memory { name: "a.1".into(), bytes: 4096 })));
+        assert_eq!(mount.source().as_deref(), Some(Path::new("/run/bulkhead/memory/a.1")));
     }
 
     #[test]
@@ -233,7 +271,22 @@ mod tests {
 
     #[test]
     fn what_is_no_share_or_would_not_be_done_is_refused() {
-        for source in ["/etc", "share:", "share:..", "share:a/b", "share:/", "Share:a", "share", ""] {
+        for source in [
+            "/etc",
+            "share:",
+            "share:..",
+            "share:a/b",
+            "share:/",
+            "Share:a",
+            "share",
+            "",
+            "memory:a",
+            "memory::1",
+            "memory:../a:1",
+            "memory:a:-1",
+            "memory:a:1:1",
+            "memory:a:99999999999999999999",
+        ] {
             let error =
                 prepared(&json!({"destination": "/v", "source": source, "type": "bind"})).unwrap_err();
             assert!(matches!(error, Error::Source(..)), "{source}: {error}");
@@ -301,11 +354,13 @@ mod tests {
         }
 
         #[test]
-        fn a_source_never_leads_out_of_the_shares(source in "(share:)?[a./:\\x00-]{0,12}") {
+        fn a_source_never_leads_elsewhere(source in "(share:|memory:)?[a./:1\\x00-]{0,12}") {
             let mount = json!({"destination": "/v", "source": source, "type": "bind"});
-            if let Ok((Some(share), mount)) = prepared(&mount) {
-                prop_assert_eq!(mount.source().as_ref().unwrap(), &Path::new(shares::DIRECTORY).join(share));
-                prop_assert_eq!(mount.source().as_ref().unwrap().components().count(), 5);
+            if let Ok((Some(source), mount)) = prepared(&mount) {
+                let path = mount.source().clone().unwrap();
+                prop_assert_eq!(&path, &source.path());
+                prop_assert_eq!(path.components().count(), 5);
+                prop_assert!(path.components().all(|part| !matches!(part, Component::ParentDir | Component::CurDir)));
             }
         }
     }

@@ -118,9 +118,17 @@ impl Shares {
 /// # Errors
 /// What the kernel said.
 pub(crate) fn is_mounted() -> Result<bool, Errno> {
+    is_mount(Path::new(DIRECTORY))
+}
+
+/// Whether anything is mounted in a place.
+///
+/// # Errors
+/// What the kernel said.
+pub(super) fn is_mount(path: &Path) -> Result<bool, Errno> {
     // Nothing that the server would have to be asked for.
     let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_DONT_SYNC;
-    let status = statx(CWD, DIRECTORY, flags, StatxFlags::empty())?;
+    let status = statx(CWD, path, flags, StatxFlags::empty())?;
     Ok(status.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
 }
 

@@ -10,7 +10,7 @@ use oci_spec::runtime::{
     Spec,
 };
 
-use super::mounts;
+use super::mounts::{self, Source};
 use super::namespaces::{self, Shared};
 use crate::cgroup::limits::Limits;
 use crate::cgroup::settings;
@@ -49,8 +49,8 @@ pub(super) struct Configuration {
     pub(super) spec: Spec,
     /// For the container's cgroup.
     pub(super) limits: Limits,
-    /// The shares that it mounts.
-    pub(super) shares: Vec<String>,
+    /// What it bind mounts.
+    pub(super) sources: Vec<Source>,
 }
 
 /// Parses a `config.json` and makes it what libcontainer shall run.
@@ -75,9 +75,9 @@ pub(super) fn container(
     linux.set_cgroups_path(Some(cgroup.into()));
     spec.set_linux(Some(linux));
 
-    let mut shares = Vec::new();
+    let mut sources = Vec::new();
     for mount in spec.mounts_mut().iter_mut().flatten() {
-        shares.extend(mounts::prepare(mount)?);
+        sources.extend(mounts::prepare(mount)?);
     }
     let mut file_system = spec.root().clone().unwrap_or_default();
     // Its default is a read-only root, which a configuration without this section did not ask for.
@@ -91,7 +91,7 @@ pub(super) fn container(
     if let Some(mounts) = spec.mounts() {
         libcontainer::utils::validate_mount_options(mounts).map_err(Error::MountOption)?;
     }
-    Ok(Configuration { spec, limits, shares })
+    Ok(Configuration { spec, limits, sources })
 }
 
 /// Parses the `process` of an exec and puts it into the configuration of the container that it joins, whose init has
@@ -335,7 +335,7 @@ mod tests {
         assert!(resources.memory().is_none());
         assert_eq!(resources.devices().as_ref().map(Vec::len), Some(1));
         assert_ne!(prepared.limits, Limits::default());
-        assert_eq!(prepared.shares, ["v"]);
+        assert_eq!(prepared.sources, [Source::Share("v".into())]);
     }
 
     #[test]

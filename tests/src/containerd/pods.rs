@@ -1,11 +1,14 @@
 //! Several containers of one pod.
 
-use bulkhead_tests::bulkhead::{expect_code, stderr, stdout};
+use std::path::Path;
+
+use bulkhead_tests::bulkhead::{eventually, expect_code, stderr, stdout};
 use bulkhead_tests::ctr::{
     Container, NAMESPACE, in_background, is_runc, processes_called, run_command, status, tasks,
 };
 use bulkhead_tests::vm::{Result, ensure};
 use libtest_mimic::Trial;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -17,6 +20,8 @@ pub(crate) fn tests() -> Vec<Trial> {
         trial("pods: containers of a pod share a shim, a network and a hostname, not a root", shared),
         trial("pods: a container of a pod ends and is deleted without the others", one_ends),
         trial("pods: a container that is deleted leaves a directory of the host as it was", root_kept),
+        trial("pods: locks in a directory that containers have in common hold for all of them", locks),
+        trial("pods: the shared memory of a pod is that of all its containers", shared_memory),
         trial("pods: a container joins after another one has gone", joins_later),
         trial("pods: a container joins after the machine has been killed", joins_after_kill),
         trial(
@@ -40,10 +45,10 @@ pub(crate) fn sandbox(id: &str, options: &[&str]) -> Result<Container> {
 }
 
 /// One more container of the pod.
-fn member(pod: &str, id: &str, program: &[&str]) -> Result<Container> {
+fn member(pod: &str, id: &str, options: &[&str], program: &[&str]) -> Result<Container> {
     let membership = membership(pod)?;
-    let options: Vec<_> = membership.iter().map(String::as_str).collect();
-    in_background(id, &options, program)
+    let membership: Vec<_> = membership.iter().map(String::as_str).collect();
+    in_background(id, &[&membership, options].concat(), program)
 }
 
 /// The options that make a container one of the pod.
@@ -65,9 +70,10 @@ fn shared() -> Result {
     let server = member(
         "pod",
         "server",
+        &[],
         &["sh", "-c", "echo mine >/file; while :; do nc -l -p 80 -e cat /file; done"],
     )?;
-    let client = member("pod", "client", &["sleep", "1000"])?;
+    let client = member("pod", "client", &[], &["sleep", "1000"])?;
     let (shims, machines) = (shims()?, processes_called("bulkhead-vmm", "--control-fd")?.len());
     ensure(shims == 1 && (is_runc() || machines == 1), || format!("{shims} shims, {machines} machines"))?;
     let script = "timeout 60 sh -c 'until nc 127.0.0.1 80 2>/dev/null; do sleep 0.1; done'; test ! -e /file && hostname";
@@ -81,7 +87,7 @@ fn shared() -> Result {
 
 fn one_ends() -> Result {
     let pod = sandbox("pod", &[])?;
-    let short = member("pod", "short", &["sh", "-c", "exit 3"])?;
+    let short = member("pod", "short", &[], &["sh", "-c", "exit 3"])?;
     let code = short.wait()?;
     ensure(code == 3, || format!("exit code {code}"))?;
     short.delete()?;
@@ -126,10 +132,70 @@ fn root_kept() -> Result {
     pod.end()
 }
 
+fn locks() -> Result {
+    let shared = tempfile::tempdir()?;
+    let bind = |options| format!("type=bind,src={},dst=/shared,options={options}", shared.path().display());
+    let (writable, read_only) = (bind("rbind:rw"), bind("rbind:ro"));
+    let pod = sandbox("pod", &[])?;
+    let holder =
+        member("pod", "holder", &["--mount", &writable], &["flock", "/shared/lock", "sleep", "1000"])?;
+    let other = member("pod", "other", &["--mount", &writable], &["sleep", "1000"])?;
+    let reader = member("pod", "reader", &["--mount", &read_only], &["sleep", "1000"])?;
+    let lock = ["flock", "-n", "/shared/lock", "true"];
+    eventually("the lock is taken", || Ok(other.exec(&lock)?.status.code() == Some(1)))?;
+    // By a mount that cannot be written to it is the same file.
+    expect_code(&reader.exec(&lock)?, 1)?;
+    expect_code(&reader.exec(&["sh", "-c", "! touch /shared/new"])?, 0)?;
+    // The one that brought it goes; the others have it still.
+    holder.end()?;
+    expect_code(&other.exec(&lock)?, 0)?;
+    expect_code(&other.exec(&["sh", "-c", "echo text >/shared/new"])?, 0)?;
+    let read = reader.exec(&["cat", "/shared/new"])?;
+    ensure(stdout(&read) == "text\n", || format!("{read:?}"))?;
+    let again =
+        member("pod", "holder", &["--mount", &writable], &["flock", "/shared/lock", "sleep", "1000"])?;
+    eventually("the lock is taken again", || Ok(reader.exec(&lock)?.status.code() == Some(1)))?;
+    for container in [again, reader, other, pod] {
+        container.end()?;
+    }
+    Ok(())
+}
+
+/// As containerd's CRI plugin has it: a tmpfs of the host's for each pod.
+fn shared_memory() -> Result {
+    let directory = tempfile::tempdir()?;
+    let shm = directory.path().join("shm");
+    std::fs::create_dir(&shm)?;
+    mount(Some("shm"), &shm, Some("tmpfs"), MsFlags::empty(), Some("mode=1777,size=1m"))?;
+    let tried = share_memory(&shm);
+    umount2(&shm, MntFlags::MNT_DETACH)?;
+    tried
+}
+
+fn share_memory(shm: &Path) -> Result {
+    let mounted = format!("type=bind,src={},dst=/dev/shm,options=rbind:rw", shm.display());
+    let mounted = ["--mount", mounted.as_str()];
+    let pod = sandbox("pod", &mounted)?;
+    let (first, second) = (
+        member("pod", "first", &mounted, &["sleep", "1000"])?,
+        member("pod", "second", &mounted, &["sleep", "1000"])?,
+    );
+    expect_code(&first.exec(&["sh", "-c", "echo text >/dev/shm/file"])?, 0)?;
+    let read =
+        second.exec(&["sh", "-c", "cat /dev/shm/file; stat -f -c %T /dev/shm; stat -c %a /dev/shm"])?;
+    ensure(stdout(&read) == "text\ntmpfs\n1777\n", || format!("{read:?}"))?;
+    let full = second.exec(&["dd", "if=/dev/zero", "of=/dev/shm/much", "bs=1k", "count=2000"])?;
+    ensure(stderr(&full).contains("No space left"), || format!("{full:?}"))?;
+    for container in [second, first, pod] {
+        container.end()?;
+    }
+    Ok(())
+}
+
 fn joins_later() -> Result {
     let pod = sandbox("pod", &[])?;
     for id in ["first", "second"] {
-        let container = member("pod", id, &["sleep", "1000"])?;
+        let container = member("pod", id, &[], &["sleep", "1000"])?;
         expect_code(&container.exec(&["true"])?, 0)?;
         container.end()?;
     }
@@ -141,7 +207,7 @@ fn joins_later() -> Result {
 fn joins_after_kill() -> Result {
     let pod = sandbox("pod", &[])?;
     let membership = membership("pod")?;
-    let first = member("pod", "first", &["sleep", "1000"])?;
+    let first = member("pod", "first", &[], &["sleep", "1000"])?;
     let pid = tasks()?.remove("pod").ok_or("no pod")?.0;
     // The namespaces are held by the pod's process alone: later containers have their own.
     let annotations: Vec<_> = membership.iter().map(String::as_str).take(4).collect();
