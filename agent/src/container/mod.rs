@@ -64,8 +64,6 @@ enum Error {
     #[error(transparent)]
     Share(#[from] shares::Error),
     #[error(transparent)]
-    Memory(#[from] memory::Error),
-    #[error(transparent)]
     Cgroup(#[from] cgroup::Error),
     #[error(transparent)]
     Limits(#[from] settings::Error),
@@ -134,6 +132,7 @@ fn create_parts(call: &CreateContainerRequest, start: &str, mut job: Job) -> Res
         spec::container(&call.spec, &shared, &cgroup, &directory.join("rootfs"))?;
     take_mappings(&mut spec, &call.shared_namespaces)?;
     fs::create_dir(&directory).map_err(|error| Error::File("create the container's directory", error))?;
+    shares::let_go();
     let root = rootfs::mount(&call.rootfs, &directory)?;
     rootfs::check(&root)?;
     for source in &sources {

@@ -175,7 +175,7 @@ fn overlay(
         let upper_at = directory.join("upper");
         create_directory(&upper_at)?;
         let mounted = match upper {
-            Upper::TmpfsBytes(bytes) => tmpfs(*bytes)?,
+            Upper::TmpfsBytes(bytes) => tmpfs(*bytes, "0755", MountAttrFlags::empty())?,
             Upper::Ext4(device) => ext4(device)?,
             // A field that a newer host knows.
             _ => return Err(Error::Nothing),
@@ -186,7 +186,8 @@ fn overlay(
             fsconfig_set_string(&context, key, upper_at.join(name)).map_err(failed("upperdir or workdir"))?;
         }
     }
-    let mounted = create(&context, &what(), upper.is_none())?;
+    let read_only = if upper.is_none() { MountAttrFlags::MOUNT_ATTR_RDONLY } else { MountAttrFlags::empty() };
+    let mounted = create(&context, &what(), read_only)?;
     attach(&mounted, target)?;
     unmount_parts(directory)
 }
@@ -210,19 +211,19 @@ fn unmount_if_mounted(target: &Path) -> Result<(), Error> {
 }
 
 fn erofs(source: &BlockSource) -> Result<OwnedFd, Error> {
-    device_mount("erofs", source, &[], true)
+    device_mount("erofs", source, &[], MountAttrFlags::MOUNT_ATTR_RDONLY)
 }
 
 fn ext4(source: &BlockSource) -> Result<OwnedFd, Error> {
     // A thread of the kernel's would write zeros where a sparse file has them, until the file is a sixtieth of the disk.
-    device_mount("ext4", source, &["noinit_itable"], false)
+    device_mount("ext4", source, &["noinit_itable"], MountAttrFlags::empty())
 }
 
 fn device_mount(
     kind: &str,
     source: &BlockSource,
     flags: &[&'static str],
-    read_only: bool,
+    attributes: MountAttrFlags,
 ) -> Result<OwnedFd, Error> {
     let device = guest::block_device(source.slot, source.partition)?;
     let what = format!("{} as {kind}", device.display());
@@ -235,21 +236,25 @@ fn device_mount(
     for flag in flags {
         fsconfig_set_flag(&context, *flag).map_err(failed(flag))?;
     }
-    create(&context, &what, read_only)
+    create(&context, &what, attributes)
 }
 
-fn tmpfs(bytes: u64) -> Result<OwnedFd, Error> {
+/// A tmpfs of at most so many bytes, whose root has this mode.
+///
+/// # Errors
+/// [`Error::Mount`]
+pub(super) fn tmpfs(bytes: u64, mode: &str, attributes: MountAttrFlags) -> Result<OwnedFd, Error> {
     let what = format!("tmpfs of {bytes} bytes");
     let context = open("tmpfs", &what)?;
     let size = bytes.to_string();
-    for (key, value) in [("source", "tmpfs"), ("size", size.as_str()), ("mode", "0755")] {
+    for (key, value) in [("source", "tmpfs"), ("size", size.as_str()), ("mode", mode)] {
         fsconfig_set_string(&context, key, value).map_err(|error| Error::Mount {
             what: what.clone(),
             step: "size",
             source: error.into(),
         })?;
     }
-    create(&context, &what, false)
+    create(&context, &what, attributes)
 }
 
 fn open(kind: &str, what: &str) -> Result<OwnedFd, Error> {
@@ -260,24 +265,30 @@ fn open(kind: &str, what: &str) -> Result<OwnedFd, Error> {
     })
 }
 
-fn create(context: &OwnedFd, what: &str, read_only: bool) -> Result<OwnedFd, Error> {
+fn create(context: &OwnedFd, what: &str, attributes: MountAttrFlags) -> Result<OwnedFd, Error> {
     let failed = |step| move |error: Errno| Error::Mount { what: what.into(), step, source: error.into() };
-    let mut attributes = MountAttrFlags::empty();
-    if read_only {
+    if attributes.contains(MountAttrFlags::MOUNT_ATTR_RDONLY) {
         fsconfig_set_flag(context, "ro").map_err(failed("ro"))?;
-        attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
     }
     fsconfig_create(context).map_err(failed("create"))?;
     fsmount(context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(failed("fsmount"))
 }
 
-fn attach(mounted: &OwnedFd, target: &Path) -> Result<(), Error> {
+/// Mounts it in a place.
+///
+/// # Errors
+/// [`Error::Mount`]
+pub(super) fn attach(mounted: &OwnedFd, target: &Path) -> Result<(), Error> {
     move_mount(mounted, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(|error| {
         Error::Mount { what: target.display().to_string(), step: "move_mount", source: error.into() }
     })
 }
 
-fn create_directory(path: &Path) -> Result<(), Error> {
+/// Makes a directory unless it is there.
+///
+/// # Errors
+/// [`Error::Create`]
+pub(super) fn create_directory(path: &Path) -> Result<(), Error> {
     match fs::create_dir(path) {
         // A scratch disk that was used before has its directories.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),

@@ -89,12 +89,16 @@ impl Shares {
         open_tree(&share, "", flags).map_err(|error| Error::Open(name.to_owned(), error.into()))
     }
 
-    /// Makes sure that there is a share, and that its path can be followed: it is no link.
+    /// Makes sure that there is a share, and that its path can be followed: it is no link. A directory's file system is mounted in its place, so
+    /// that all containers have the same: what a container looks up first in a mount namespace of its own, it has to itself.
     ///
     /// # Errors
     /// [`Error`] names the share.
     pub(super) fn check(&self, name: &str) -> Result<(), Error> {
-        let share = self.open(name, OFlags::empty())?;
+        let share = match self.open(name, OFlags::DIRECTORY) {
+            Err(Error::Kind(..)) => self.open(name, OFlags::empty())?,
+            directory => directory?,
+        };
         let status = fstat(&share).map_err(|error| Error::Open(name.to_owned(), error.into()))?;
         match FileType::from_raw_mode(status.st_mode) {
             FileType::Symlink => Err(Error::Kind(name.to_owned(), "file or directory")),
@@ -119,6 +123,16 @@ impl Shares {
 /// What the kernel said.
 pub(crate) fn is_mounted() -> Result<bool, Errno> {
     is_mount(Path::new(DIRECTORY))
+}
+
+/// Has the kernel unmount what the host has taken back since: it looks for each share again, and lets go of what is not found.
+pub(super) fn let_go() {
+    let Ok(mounts) = fs::read_to_string("/proc/self/mountinfo") else { return };
+    for place in mounts.lines().filter_map(|mount| mount.split(' ').nth(4)) {
+        if Path::new(place).parent() == Some(Path::new(DIRECTORY)) {
+            let _ = is_mount(Path::new(place));
+        }
+    }
 }
 
 /// Whether anything is mounted in a place.

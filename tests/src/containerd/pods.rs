@@ -20,7 +20,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         trial("pods: containers of a pod share a shim, a network and a hostname, not a root", shared),
         trial("pods: a container of a pod ends and is deleted without the others", one_ends),
         trial("pods: a container that is deleted leaves a directory of the host as it was", root_kept),
-        trial("pods: locks in a directory that containers have in common hold for all of them", locks),
+        trial("pods: a directory that containers have in common is one, where they meet", in_common),
         trial("pods: the shared memory of a pod is that of all its containers", shared_memory),
         trial("pods: a container joins after another one has gone", joins_later),
         trial("pods: a container joins after the machine has been killed", joins_after_kill),
@@ -132,29 +132,30 @@ fn root_kept() -> Result {
     pod.end()
 }
 
-fn locks() -> Result {
+/// Who opens a fifo waits for another who opens the same one: were the directory another file system to each, nobody would come.
+fn in_common() -> Result {
     let shared = tempfile::tempdir()?;
     let bind = |options| format!("type=bind,src={},dst=/shared,options={options}", shared.path().display());
     let (writable, read_only) = (bind("rbind:rw"), bind("rbind:ro"));
+    let says = ["sh", "-c", "mkfifo /shared/fifo; while :; do echo text >/shared/fifo; done"];
+    let hears = ["timeout", "60", "head", "-n", "1", "/shared/fifo"];
     let pod = sandbox("pod", &[])?;
-    let holder =
-        member("pod", "holder", &["--mount", &writable], &["flock", "/shared/lock", "sleep", "1000"])?;
+    let speaker = member("pod", "speaker", &["--mount", &writable], &says)?;
     let other = member("pod", "other", &["--mount", &writable], &["sleep", "1000"])?;
     let reader = member("pod", "reader", &["--mount", &read_only], &["sleep", "1000"])?;
-    let lock = ["flock", "-n", "/shared/lock", "true"];
-    eventually("the lock is taken", || Ok(other.exec(&lock)?.status.code() == Some(1)))?;
-    // By a mount that cannot be written to it is the same file.
-    expect_code(&reader.exec(&lock)?, 1)?;
+    eventually("the fifo is there", || Ok(shared.path().join("fifo").exists()))?;
+    for listener in [&other, &reader] {
+        let heard = listener.exec(&hears)?;
+        ensure(stdout(&heard) == "text\n", || format!("{heard:?}"))?;
+    }
     expect_code(&reader.exec(&["sh", "-c", "! touch /shared/new"])?, 0)?;
-    // The one that brought it goes; the others have it still.
-    holder.end()?;
-    expect_code(&other.exec(&lock)?, 0)?;
-    expect_code(&other.exec(&["sh", "-c", "echo text >/shared/new"])?, 0)?;
-    let read = reader.exec(&["cat", "/shared/new"])?;
-    ensure(stdout(&read) == "text\n", || format!("{read:?}"))?;
-    let again =
-        member("pod", "holder", &["--mount", &writable], &["flock", "/shared/lock", "sleep", "1000"])?;
-    eventually("the lock is taken again", || Ok(reader.exec(&lock)?.status.code() == Some(1)))?;
+    // The one that brought the directory goes; the others have it still, and one that comes has the same.
+    speaker.end()?;
+    expect_code(&other.exec(&["touch", "/shared/new"])?, 0)?;
+    expect_code(&reader.exec(&["test", "-e", "/shared/new"])?, 0)?;
+    let again = member("pod", "speaker", &["--mount", &writable], &says)?;
+    let heard = reader.exec(&hears)?;
+    ensure(stdout(&heard) == "text\n", || format!("{heard:?}"))?;
     for container in [again, reader, other, pod] {
         container.end()?;
     }
