@@ -34,6 +34,11 @@ pub enum Request {
         /// Refuse all changes, whatever the mount would allow.
         read_only: bool,
     },
+    /// Refuse all changes of a share from now on. What has been opened for writing stays so.
+    Protect {
+        /// As it was added.
+        name: String,
+    },
     /// Take a share away. What the guest still knows of it is stale from then on.
     RemoveShare {
         /// As it was added.

@@ -11,6 +11,7 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlag
 
 use crate::control::{FromOwner, Reply as OwnerReply, Request};
 use crate::session::{Reply, Session};
+use crate::shares::ShareError;
 use crate::wire::OUT_HEADER;
 
 /// Longest request: the longest extended attribute, its name and its file's.
@@ -163,18 +164,13 @@ impl Server {
         };
         let result = match request {
             Request::AddShare { name, share, kind, read_only } => {
-                match descriptors.into_iter().nth(share.0.into()) {
-                    Some(root) => self
-                        .session
-                        .add_share(&name, root, kind, read_only)
-                        .map_err(|error| bulkhead_vmm::server::chain(&error)),
-                    None => Err("the descriptor of the share is missing".to_owned()),
-                }
+                let root = descriptors.into_iter().nth(share.0.into()).ok_or(ShareError::NoDescriptor);
+                root.and_then(|root| self.session.add_share(&name, root, kind, read_only))
             }
-            Request::RemoveShare { name } => {
-                self.session.remove_share(&name).map_err(|error| bulkhead_vmm::server::chain(&error))
-            }
+            Request::Protect { name } => self.session.protect_share(&name),
+            Request::RemoveShare { name } => self.session.remove_share(&name),
         };
+        let result = result.map_err(|error| bulkhead_vmm::server::chain(&error));
         match self.control.send(&OwnerReply { id, result }, &[]) {
             Ok(()) => Ok(Next::More),
             Err(SocketError::Closed) => Ok(Next::End),

@@ -114,6 +114,14 @@ impl Session {
         self.shares.add(name, root, kind, read_only)
     }
 
+    /// Has a share refuse changes from now on.
+    ///
+    /// # Errors
+    /// [`ShareError::Missing`]
+    pub fn protect_share(&mut self, name: &str) -> Result<(), ShareError> {
+        self.shares.protect(name)
+    }
+
     /// Removes a share: what the guest knows of it is stale, what it has open is closed.
     ///
     /// # Errors

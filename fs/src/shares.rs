@@ -44,6 +44,9 @@ pub enum ShareError {
     /// A device, for example.
     #[error("only directories, regular files, sockets and fifos can be shared, not a {0:?}")]
     Type(FileType),
+    /// The message has no such descriptor.
+    #[error("the descriptor of the share is missing")]
+    NoDescriptor,
     /// The descriptor is no good.
     #[error("cannot look at what is to be shared")]
     Look(#[source] Errno),
@@ -90,6 +93,16 @@ impl Shares {
         }
         self.table.insert(self.next, Share { name: name.into(), kind, read_only, root: Rc::new(root) });
         self.next += 1;
+        Ok(())
+    }
+
+    /// Has one refuse changes from now on.
+    ///
+    /// # Errors
+    /// [`ShareError::Missing`]
+    pub fn protect(&mut self, name: &str) -> Result<(), ShareError> {
+        let share = self.table.values_mut().find(|share| &*share.name == name);
+        share.ok_or_else(|| ShareError::Missing(name.to_owned()))?.read_only = true;
         Ok(())
     }
 

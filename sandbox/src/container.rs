@@ -107,6 +107,8 @@ pub(crate) struct Plan {
     pub(crate) disks: Vec<(u8, Disk)>,
     /// What it shares with the host.
     pub(crate) shares: Vec<(OwnedFd, Shared, ShareKind)>,
+    /// The share of its root, if the container is not to write to it. The agent makes mount points there.
+    pub(crate) protected: Option<String>,
 }
 
 impl Plan {
@@ -142,6 +144,8 @@ impl Plan {
         request.rootfs = Some(rootfs).into();
         // Last of all, since nothing gives them back that have been taken for a plan that fails.
         let id = &request.container_id;
+        let read_only = spec.root().as_ref().is_some_and(|root| root.readonly() == Some(true));
+        let protected = root_share.as_ref().filter(|_| read_only).map(|(_, shared, _)| shared.name.clone());
         let mut shares = Vec::from_iter(root_share);
         shares.extend(binds.into_iter().map(|bind| {
             let share = shared.take(id, &bind);
@@ -149,7 +153,7 @@ impl Plan {
             (bind.mount, share, ShareKind::Bind)
         }));
         request.spec = serde_json::to_vec(&spec)?;
-        Ok(Self { request, disks, shares })
+        Ok(Self { request, disks, shares, protected })
     }
 
     /// What is to be given back.

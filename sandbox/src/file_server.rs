@@ -115,6 +115,14 @@ impl FileServer {
         self.request(request, &[mount.as_fd()]).await
     }
 
+    /// Refuses all changes of a share from now on.
+    ///
+    /// # Errors
+    /// As [`add`](Self::add).
+    pub async fn protect(&self, name: &str) -> Result<(), FileServerError> {
+        self.request(Request::Protect { name: name.into() }, &[]).await
+    }
+
     /// Takes a share away from the guest.
     ///
     /// # Errors

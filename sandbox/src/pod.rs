@@ -322,6 +322,7 @@ impl Pod {
         if let Err(error) = pod.agent.create_container(&plan.request).await {
             return Err(pod.explain(error).await);
         }
+        pod.protect(&plan).await?;
         pod.bring_cpus();
         Ok(pod)
     }
@@ -363,7 +364,16 @@ impl Pod {
             }
             self.sandbox.plug(&self.agent, *slot, disk).await?;
         }
-        Ok(self.agent.create_container(&plan.request).await?)
+        self.agent.create_container(&plan.request).await?;
+        self.protect(plan).await
+    }
+
+    /// From here on nothing of the guest's may change a root that its container may not: mount points have been made in it.
+    async fn protect(&self, plan: &Plan) -> Result<(), PodError> {
+        match (&plan.protected, self.file_server.get()) {
+            (Some(name), Some(server)) => Ok(server.protect(name).await?),
+            _ => Ok(()),
+        }
     }
 
     /// The file server, started and plugged with the first share that a container of this pod has.

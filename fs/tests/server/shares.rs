@@ -117,6 +117,22 @@ fn a_file_that_somebody_replaced_is_stale() {
 }
 
 #[test]
+fn a_share_that_is_protected_refuses_changes_from_then_on() {
+    let Some(mut server) = Server::start(&[]) else { return };
+    let host = tempfile::tempdir().unwrap();
+    fs::write(host.path().join("f"), "text").unwrap();
+    let root = server.share_root(host.path());
+    let f = server.walk(root, &["f"]);
+    server.make_directory(root, "mnt", 0o755, 0).unwrap();
+    server.owner(Request::Protect { name: "share".to_owned() }, &[]).unwrap();
+    assert_eq!(server.make_directory(root, "new", 0o755, 0).err(), Some(EROFS));
+    assert_eq!(server.open(f, O_RDWR).err(), Some(EROFS));
+    server.open(f, O_RDONLY).unwrap();
+    let missing = server.owner(Request::Protect { name: "none".to_owned() }, &[]).unwrap_err();
+    assert!(missing.contains("none"), "{missing}");
+}
+
+#[test]
 fn a_read_only_share_refuses_every_change() {
     let Some(mut server) = Server::start(&[]) else { return };
     let host = tempfile::tempdir().unwrap();
