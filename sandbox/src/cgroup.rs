@@ -1,7 +1,7 @@
 //! The host's cgroup of a sandbox (cgroup v2): what its VMM and its file server together may take.
 //!
-//! A container's own limits are enforced in the guest. The group bounds the machine as a whole, and has the shares and the CPUs of the
-//! host that the container was given.
+//! A container's own limits are enforced in the guest. The group bounds the machine as a whole, and has the shares, the CPUs and the disks
+//! of the host that the container was given.
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Seek as _};
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::libc;
 use nix::unistd::{ForkResult, fork};
-use oci_spec::runtime::{LinuxCpu, Spec};
+use oci_spec::runtime::{LinuxBlockIo, LinuxResources, Spec};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{geteuid, setsid};
 
@@ -19,7 +19,7 @@ use crate::sizing::MachineSize;
 /// Where the unified hierarchy is mounted.
 const ROOT: &str = "/sys/fs/cgroup";
 /// Controllers that a sandbox's group uses.
-const CONTROLLERS: [&str; 3] = ["cpu", "cpuset", "memory"];
+const CONTROLLERS: [&str; 4] = ["cpu", "cpuset", "io", "memory"];
 /// What VMM and file server need besides the guest's memory, in MiB.
 const OVERHEAD_MIB: u64 = 64;
 /// The parts of the guest's memory that are needed besides it: the kernel's tables for it, and what the file server knows of the files that the
@@ -115,14 +115,18 @@ impl SandboxCgroup {
         let mib = u64::from(size.memory_mib);
         self.write("memory.max", &((mib + mib / TABLES + mib / FILES + OVERHEAD_MIB) << 20).to_string())?;
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-        resources.and_then(|resources| resources.cpu().as_ref()).map_or(Ok(()), |cpu| self.place(cpu))
+        resources.map_or(Ok(()), |resources| self.place(resources))
     }
 
-    /// Gives the group the shares and the CPUs of a container.
+    /// Gives the group the shares, the CPUs and the disks of a container.
     ///
     /// # Errors
-    /// [`CgroupError::Write`] when the kernel refuses, for one because the host has no such CPU.
-    pub fn place(&self, cpu: &LinuxCpu) -> Result<(), CgroupError> {
+    /// [`CgroupError::Write`] when the kernel refuses, for one because the host has no such CPU or disk.
+    pub fn place(&self, resources: &LinuxResources) -> Result<(), CgroupError> {
+        for (file, value) in resources.block_io().iter().flat_map(disks) {
+            self.write(file, &value)?;
+        }
+        let Some(cpu) = resources.cpu() else { return Ok(()) };
         if let Some(shares) = cpu.shares().filter(|shares| *shares > 0) {
             self.write("cpu.weight", &weight(shares).to_string())?;
         }
@@ -263,6 +267,30 @@ fn systemd(path: &str) -> Option<PathBuf> {
     Some(directory)
 }
 
+/// What limits the use of disks: each file of the group's, and what is written to it.
+fn disks(block: &LinuxBlockIo) -> Vec<(&'static str, String)> {
+    let weights = block.weight_device().iter().flatten().filter_map(|device| {
+        // The scales begin with 10 and 1 and end with 1000 and 10000.
+        let weight =
+            1 + (u32::from(device.weight().filter(|weight| *weight > 0)?.clamp(10, 1000)) - 10) * 9999 / 990;
+        Some(("io.weight", format!("{}:{} {weight}", device.major(), device.minor())))
+    });
+    let throttles = [
+        ("rbps", block.throttle_read_bps_device()),
+        ("wbps", block.throttle_write_bps_device()),
+        ("riops", block.throttle_read_iops_device()),
+        ("wiops", block.throttle_write_iops_device()),
+    ];
+    let throttles = throttles.into_iter().flat_map(|(key, devices)| {
+        devices.iter().flatten().map(move |device| {
+            // A rate of nothing was no limit in cgroup v1.
+            let rate = if device.rate() == 0 { "max".into() } else { device.rate().to_string() };
+            ("io.max", format!("{}:{} {key}={rate}", device.major(), device.minor()))
+        })
+    });
+    weights.chain(throttles).collect()
+}
+
 /// The OCI specification's shares, 2 to 262144, as cgroup v2's weight, 1 to 10000: the formula of its conversion from v1.
 fn weight(shares: u64) -> u64 {
     1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
@@ -292,6 +320,24 @@ mod tests {
         assert_eq!(at(":docker:x"), "/sys/fs/cgroup/system.slice/docker-x.scope");
         assert_eq!(at("-.slice::x"), "/sys/fs/cgroup/x.scope");
         assert!(SandboxCgroup::of("a.slice:p:../../x").is_err());
+    }
+
+    #[test]
+    fn disks_are_limited_as_the_kernel_reads_it() {
+        let block = serde_json::json!({
+            "weight": 10,
+            "weightDevice": [{"major": 8, "minor": 0, "weight": 1000}, {"major": 8, "minor": 16, "weight": 10}],
+            "throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 5}],
+            "throttleWriteIOPSDevice": [{"major": 8, "minor": 16, "rate": 0}],
+        });
+        let written = [
+            ("io.weight", "8:0 10000"),
+            ("io.weight", "8:16 1"),
+            ("io.max", "8:0 rbps=5"),
+            ("io.max", "8:16 wiops=max"),
+        ];
+        let block = serde_json::from_value(block).unwrap();
+        assert_eq!(disks(&block), written.map(|(file, value)| (file, value.to_owned())));
     }
 
     #[test]

@@ -80,7 +80,7 @@ impl Prepared {
             handover::refuse_hooks(&spec)?;
             handover::refuse_disks(&spec)?;
             request.shared_namespaces = handover::take_namespaces(&mut spec, first.as_deref())?;
-            handover::renumber_cpus(&mut spec, size.cpus)?;
+            handover::translate_limits(&mut spec, size.cpus)?;
             let directory = spec.root().as_ref().map(|root| bundle.join(root.path()));
             let root = opened.map_or_else(|| handover::root(&mounts, directory.as_deref()), Ok)?;
             let binds = binds::take(&mut spec, &bundle)?;

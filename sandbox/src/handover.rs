@@ -238,14 +238,19 @@ pub fn take_namespaces(spec: &mut Spec, first: Option<&str>) -> Result<Vec<Share
     Ok(shared)
 }
 
-/// Puts the numbers of the machine's CPUs in the place of the host's: a container that is bound to three CPUs of the host is bound to
-/// three of the machine's, of which it has `cpus`. Memory nodes are the host's business.
+/// Makes limits that speak of the host speak of the machine, which has `cpus`: a container that is bound to three CPUs of the host is bound to
+/// three of the machine's. Memory nodes and disks are the host's business, where the machine's cgroup has them.
 ///
 /// # Errors
 /// [`HandoverError::Cpus`].
-pub fn renumber_cpus(spec: &mut Spec, cpus: u8) -> Result<(), HandoverError> {
+pub fn translate_limits(spec: &mut Spec, cpus: u8) -> Result<(), HandoverError> {
     let resources = spec.linux_mut().as_mut().and_then(|linux| linux.resources_mut().as_mut());
-    let Some(cpu) = resources.and_then(|resources| resources.cpu_mut().as_mut()) else { return Ok(()) };
+    let Some(resources) = resources else { return Ok(()) };
+    if let Some(block) = resources.block_io_mut() {
+        block.set_weight_device(None).set_throttle_read_bps_device(None).set_throttle_write_bps_device(None);
+        block.set_throttle_read_iops_device(None).set_throttle_write_iops_device(None);
+    }
+    let Some(cpu) = resources.cpu_mut() else { return Ok(()) };
     if let Some(list) = cpu.cpus().clone().filter(|list| !list.is_empty()) {
         let count = cpu_count(&list).ok_or_else(|| HandoverError::Cpus(list.chars().take(64).collect()))?;
         cpu.set_cpus(Some(format!("0-{}", count.clamp(1, cpus.max(1).into()) - 1)));
@@ -363,7 +368,7 @@ mod tests {
         let renumbered = |list: &str, cpus: u8| {
             let resources = json!({"cpu": {"cpus": list, "mems": "1"}});
             let mut given = spec(&json!({"ociVersion": "1.2.0", "linux": {"resources": resources}}));
-            renumber_cpus(&mut given, cpus)?;
+            translate_limits(&mut given, cpus)?;
             let resources = given.linux().as_ref().unwrap().resources().clone().unwrap();
             let cpu = resources.cpu().clone().unwrap();
             assert_eq!(cpu.mems(), &None);

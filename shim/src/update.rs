@@ -1,9 +1,9 @@
 //! Update: limits that change while a container runs. They hold in the guest; the host's group of the machine follows with what is about
-//! the host's CPUs.
+//! the host's CPUs and disks.
 
 use std::sync::atomic::Ordering;
 
-use bulkhead_sandbox::handover::renumber_cpus;
+use bulkhead_sandbox::handover::translate_limits;
 use oci_spec::runtime::{Linux, LinuxResources, Spec};
 
 use crate::errors::TaskError;
@@ -27,19 +27,19 @@ impl Shim {
         }
         // Of several containers, none speaks for the machine.
         let is_alone = !self.grouped.load(Ordering::Relaxed);
-        if let (true, Some(cgroup), Some(cpu)) = (is_alone, machine.pod().cgroup(), resources.cpu()) {
-            cgroup.place(cpu).map_err(|error| invalid(&crate::errors::chain(&error)))?;
+        if let (true, Some(cgroup)) = (is_alone, machine.pod().cgroup()) {
+            cgroup.place(&resources).map_err(|error| invalid(&crate::errors::chain(&error)))?;
         }
         Ok(())
     }
 }
 
-/// The same with the numbers of the guest's CPUs, as at the container's creation.
+/// The same with the numbers of the guest's CPUs and without the host's disks, as at the container's creation.
 fn for_guest(resources: LinuxResources, cpus: u8) -> Result<Vec<u8>, Box<dyn std::error::Error>> {
     let (mut spec, mut linux) = (Spec::default(), Linux::default());
     linux.set_resources(Some(resources));
     spec.set_linux(Some(linux));
-    renumber_cpus(&mut spec, cpus)?;
+    translate_limits(&mut spec, cpus)?;
     let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
     Ok(serde_json::to_vec(&resources)?)
 }
@@ -51,12 +51,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_numbers_of_cpus_are_other_ones_in_the_guest() {
-        let resources =
-            json!({"memory": {"limit": 4096}, "cpu": {"shares": 512, "cpus": "4-5", "mems": "1"}});
+    fn what_speaks_of_the_host_does_not_reach_the_guest() {
+        let resources = json!({"memory": {"limit": 4096}, "cpu": {"shares": 512, "cpus": "4-5", "mems": "1"}, "blockIO": {
+            "weight": 100,
+            "weightDevice": [{"major": 8, "minor": 0, "weight": 10}],
+            "throttleWriteIOPSDevice": [{"major": 8, "minor": 0, "rate": 10}],
+        }});
         let guests = for_guest(serde_json::from_value(resources).unwrap(), 2).unwrap();
         let guests: Value = serde_json::from_slice(&guests).unwrap();
-        assert_eq!(guests, json!({"memory": {"limit": 4096}, "cpu": {"shares": 512, "cpus": "0-1"}}));
+        let expected = json!({"memory": {"limit": 4096}, "cpu": {"shares": 512, "cpus": "0-1"}, "blockIO": {"weight": 100}});
+        assert_eq!(guests, expected);
         let damaged = json!({"cpu": {"cpus": "5-4"}});
         assert!(for_guest(serde_json::from_value(damaged).unwrap(), 2).is_err());
     }
