@@ -1,7 +1,7 @@
 //! The descriptors of nodes: a cache of bounded size. The oldest that has not been used since the last time round makes room.
 
 use std::os::fd::OwnedFd;
-use std::rc::Rc;
+use std::sync::Arc;
 
 /// Where a descriptor is in the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -10,7 +10,7 @@ pub struct Slot(usize);
 #[derive(Debug)]
 struct Kept {
     node: u64,
-    descriptor: Rc<OwnedFd>,
+    descriptor: Arc<OwnedFd>,
     used: bool,
     pinned: bool,
 }
@@ -33,14 +33,14 @@ impl Descriptors {
     }
 
     /// A descriptor that is there.
-    pub fn get(&mut self, slot: Slot) -> Option<Rc<OwnedFd>> {
+    pub fn get(&mut self, slot: Slot) -> Option<Arc<OwnedFd>> {
         let kept = self.slots.get_mut(slot.0)?.as_mut()?;
         kept.used = true;
-        Some(Rc::clone(&kept.descriptor))
+        Some(Arc::clone(&kept.descriptor))
     }
 
     /// Keeps a descriptor. The second result is the node whose descriptor had to go.
-    pub fn insert(&mut self, node: u64, descriptor: Rc<OwnedFd>) -> (Slot, Option<u64>) {
+    pub fn insert(&mut self, node: u64, descriptor: Arc<OwnedFd>) -> (Slot, Option<u64>) {
         let kept = Some(Kept { node, descriptor, used: true, pinned: false });
         if let Some(free) = self.free.pop() {
             self.slots[free] = kept;
@@ -111,8 +111,8 @@ impl Descriptors {
 mod tests {
     use super::*;
 
-    fn descriptor() -> Rc<OwnedFd> {
-        Rc::new(std::fs::File::open("/dev/null").unwrap().into())
+    fn descriptor() -> Arc<OwnedFd> {
+        Arc::new(std::fs::File::open("/dev/null").unwrap().into())
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::rc::Rc;
+use std::sync::Arc;
 
 use rustix::io::Errno;
 
@@ -10,9 +10,9 @@ use rustix::io::Errno;
 #[derive(Clone, Debug)]
 pub enum Open {
     /// A regular file, which the VMM has as well.
-    File(Rc<OwnedFd>),
+    File(Arc<OwnedFd>),
     /// A directory, and the offset that the kernel has arrived at in it.
-    Directory(Rc<OwnedFd>, u64),
+    Directory(Arc<OwnedFd>, u64),
     /// The root directory.
     Root,
 }
@@ -66,9 +66,9 @@ impl Handles {
     ///
     /// # Errors
     /// EBADF when it is none, or is not this node.
-    pub fn file(&self, id: u64, node: u64) -> Result<Rc<OwnedFd>, Errno> {
+    pub fn file(&self, id: u64, node: u64) -> Result<Arc<OwnedFd>, Errno> {
         match self.get(id, node)? {
-            Open::File(file) => Ok(Rc::clone(file)),
+            Open::File(file) => Ok(Arc::clone(file)),
             Open::Directory(..) | Open::Root => Err(Errno::BADF),
         }
     }
@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     fn file() -> Open {
-        Open::File(Rc::new(std::fs::File::open("/dev/null").unwrap().into()))
+        Open::File(Arc::new(std::fs::File::open("/dev/null").unwrap().into()))
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! regular file, the VMM is handed that one descriptor and moves the data itself.
 //!
 //! - [`control`]: what the owner says, all that an owner needs
-//! - [`server`]: the two sockets; [`session`]: one request and its reply
+//! - [`server`]: the two sockets; [`session`]: one request and its reply; [`worker`]: what takes long
 //! - [`wire`], [`name`], [`attributes`]: what is in them
 //! - [`shares`], [`nodes`], [`handles`]: what the guest sees, what it knows, what it has open
 //! - [`descriptors`], [`directory`]: bounded caches of the nodes' descriptors and of what was read of directories
@@ -26,3 +26,4 @@ pub mod server;
 pub mod session;
 pub mod shares;
 pub mod wire;
+pub mod worker;

@@ -11,6 +11,7 @@ use bulkhead_fs::jail::{Jail, set_limits};
 use bulkhead_fs::seccomp::lock_down;
 use bulkhead_fs::server::Server;
 use bulkhead_fs::session::{Limits, Session};
+use bulkhead_fs::worker::Worker;
 use bulkhead_vmm::control::socket::ControlSocket;
 use bulkhead_vmm::jail::no_new_privileges;
 use bulkhead_vmm::server::chain;
@@ -63,13 +64,14 @@ fn run(
         no_new_privileges()?;
         (OwnDescriptors::Proc, Identities::Own)
     };
+    let worker = Worker::start()?;
     lock_down()?;
     // SAFETY: the owner has left these descriptors open for us, and nothing else here knows their numbers.
     let (requests, control) = unsafe { (OwnedFd::from_raw_fd(requests), OwnedFd::from_raw_fd(control)) };
     // What is left over is for sockets, standard streams and what is open for a moment.
     let limits = Limits { cached: nofile / 4, handles: nofile / 2, shares: SHARES_MAX.min(nofile / 8) };
     let session = Session::new(limits, own, identities);
-    Ok(Server::new(session, requests, ControlSocket::from(control)).run()?)
+    Ok(Server::new(session, worker, requests, ControlSocket::from(control)).run()?)
 }
 
 fn parse(mut arguments: impl Iterator<Item = String>) -> Option<Invocation> {

@@ -10,9 +10,10 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recv, sendmsg};
 
 use crate::control::{FromOwner, Reply as OwnerReply, Request};
-use crate::session::{Reply, Session};
+use crate::session::{Answer, Reply, Session};
 use crate::shares::ShareError;
 use crate::wire::OUT_HEADER;
+use crate::worker::Worker;
 
 /// Longest request: the longest extended attribute, its name and its file's.
 pub const REQUEST_MAX: usize = 80 << 10;
@@ -45,6 +46,7 @@ enum Next {
 #[derive(Debug)]
 pub struct Server {
     session: Session,
+    worker: Worker,
     requests: OwnedFd,
     control: ControlSocket,
     /// What the VMM had no room for. No request is read until it has.
@@ -54,8 +56,8 @@ pub struct Server {
 
 impl Server {
     /// A server of a session, at one end of each socket.
-    pub fn new(session: Session, requests: OwnedFd, control: ControlSocket) -> Self {
-        Self { session, requests, control, owed: None, buffer: vec![0; REQUEST_MAX] }
+    pub fn new(session: Session, worker: Worker, requests: OwnedFd, control: ControlSocket) -> Self {
+        Self { session, worker, requests, control, owed: None, buffer: vec![0; REQUEST_MAX] }
     }
 
     /// Serves until one of the sockets is closed by the other side.
@@ -68,17 +70,25 @@ impl Server {
             let mut polled = [
                 PollFd::new(&self.requests, wanted),
                 PollFd::from_borrowed_fd(self.control.as_fd(), PollFlags::IN),
+                // Their replies would have to wait as well.
+                PollFd::from_borrowed_fd(
+                    self.worker.event(),
+                    if self.owed.is_some() { PollFlags::empty() } else { PollFlags::IN },
+                ),
             ];
             match poll(&mut polled, None) {
                 Ok(_) => {}
                 Err(Errno::INTR) => continue,
                 Err(errno) => return Err(ServerError::Wait(errno)),
             }
-            let [requests, control] = polled.map(|polled| !polled.revents().is_empty());
+            let [requests, control, done] = polled.map(|polled| !polled.revents().is_empty());
             if control && self.obey()? == Next::End {
                 return Ok(());
             }
             if requests && self.serve()? == Next::End {
+                return Ok(());
+            }
+            if done && self.report()? == Next::End {
                 return Ok(());
             }
         }
@@ -107,14 +117,32 @@ impl Server {
             let packet = self.buffer.get(..length).unwrap_or(&self.buffer);
             let unique = packet.get(8..16).and_then(|bytes| bytes.try_into().ok());
             let unique = unique.map_or(0, u64::from_le_bytes);
-            let reply = if length > REQUEST_MAX {
-                Some(Reply::error(unique, Errno::INVAL))
+            let answer = if length > REQUEST_MAX {
+                Answer::Reply(Reply::error(unique, Errno::INVAL))
             } else {
                 self.session.answer(packet)
             };
-            if let Some(reply) = reply
-                && self.send(unique, reply)? == Next::End
-            {
+            let reply = match answer {
+                Answer::Nothing => continue,
+                Answer::Reply(reply) => reply,
+                Answer::Later(job) => match self.worker.give(job) {
+                    None => continue,
+                    Some(job) => job.perform(),
+                },
+            };
+            if self.send(unique, reply)? == Next::End {
+                return Ok(Next::End);
+            }
+        }
+        Ok(Next::More)
+    }
+
+    /// Sends the replies to what is done.
+    fn report(&mut self) -> Result<Next, ServerError> {
+        while self.owed.is_none()
+            && let Some((unique, reply)) = self.worker.take()
+        {
+            if self.send(unique, reply)? == Next::End {
                 return Ok(Next::End);
             }
         }

@@ -1,7 +1,7 @@
 //! One request and its reply.
 
 use std::os::fd::OwnedFd;
-use std::rc::Rc;
+use std::sync::Arc;
 
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
@@ -16,9 +16,21 @@ use crate::nodes::{DEPTH_MAX, Nodes, ROOT};
 use crate::operations;
 use crate::shares::{ShareError, Shares};
 use crate::wire::{InHeader, OUT_HEADER, Writer, opcode};
+use crate::worker::{Job, Work};
 
 /// Longest reply: what is read of a directory or of extended attributes, and a header.
 pub const REPLY_MAX: usize = (128 << 10) + OUT_HEADER;
+
+/// What becomes of a request.
+#[derive(Debug)]
+pub enum Answer {
+    /// It is answered.
+    Reply(Reply),
+    /// There is something to do that may take long, and then it is answered.
+    Later(Job),
+    /// It has no answer.
+    Nothing,
+}
 
 /// A reply that is to be sent.
 #[derive(Debug)]
@@ -33,7 +45,7 @@ pub struct Reply {
 #[derive(Debug)]
 pub struct Passed {
     /// The file.
-    pub file: Rc<OwnedFd>,
+    pub file: Arc<OwnedFd>,
     /// Its handle.
     pub handle: u64,
     /// The node that the guest learns of by the same reply.
@@ -72,6 +84,8 @@ pub struct Session {
     pub(crate) identities: Identities,
     /// The file that the request at hand has opened.
     pub(crate) passed: Option<Passed>,
+    /// What the request at hand takes, if that may take long: its reply comes of that.
+    pub(crate) work: Option<Work>,
 }
 
 /// A node at hand: its descriptor, and what its share is like.
@@ -82,7 +96,7 @@ pub(crate) struct At {
     pub(crate) kind: ShareKind,
     pub(crate) file_type: FileType,
     pub(crate) identity: Identity,
-    pub(crate) descriptor: Rc<OwnedFd>,
+    pub(crate) descriptor: Arc<OwnedFd>,
 }
 
 impl Session {
@@ -97,6 +111,7 @@ impl Session {
             own,
             identities,
             passed: None,
+            work: None,
         }
     }
 
@@ -134,17 +149,17 @@ impl Session {
     }
 
     /// Does what a packet asks. Nothing is said to what has no header, nor to FORGET and DESTROY.
-    pub fn answer(&mut self, packet: &[u8]) -> Option<Reply> {
-        let (header, body) = InHeader::parse(packet).ok()?;
-        self.passed = None;
+    pub fn answer(&mut self, packet: &[u8]) -> Answer {
+        let Ok((header, body)) = InHeader::parse(packet) else { return Answer::Nothing };
+        (self.passed, self.work) = (None, None);
         match header.opcode {
             opcode::FORGET | opcode::BATCH_FORGET => {
                 operations::forget(self, &header, body);
-                return None;
+                return Answer::Nothing;
             }
             opcode::DESTROY => {
                 self.forget_all();
-                return None;
+                return Answer::Nothing;
             }
             _ => {}
         }
@@ -154,10 +169,10 @@ impl Session {
             Err(Errno::INVAL)
         };
         debug_assert!(result.is_ok() || self.passed.is_none());
-        Some(match result {
-            Ok(writer) => Reply { bytes: writer.finish(header.unique, None), file: self.passed.take() },
-            Err(errno) => Reply::error(header.unique, errno),
-        })
+        match (result, self.work.take()) {
+            (Ok(_), Some(work)) => Answer::Later(Job { unique: header.unique, work }),
+            (result, _) => Answer::Reply(Reply::new(header.unique, result, self.passed.take())),
+        }
     }
 
     /// The guest is gone, or another one.
@@ -189,7 +204,7 @@ impl Session {
     }
 
     /// The same, with a descriptor that is there.
-    pub(crate) fn at_open(&self, node: u64, descriptor: &Rc<OwnedFd>) -> Result<At, Errno> {
+    pub(crate) fn at_open(&self, node: u64, descriptor: &Arc<OwnedFd>) -> Result<At, Errno> {
         let known = self.nodes.get(node)?;
         Ok(At {
             node,
@@ -197,7 +212,7 @@ impl Session {
             kind: self.shares.get(known.share)?.kind,
             file_type: known.kind,
             identity: known.identity,
-            descriptor: Rc::clone(descriptor),
+            descriptor: Arc::clone(descriptor),
         })
     }
 
@@ -216,14 +231,14 @@ impl Session {
     }
 
     /// The descriptor of a node. If it is not kept, it is opened again by name, from the nearest directory above whose descriptor is.
-    fn descriptor(&mut self, node: u64) -> Result<Rc<OwnedFd>, Errno> {
+    fn descriptor(&mut self, node: u64) -> Result<Arc<OwnedFd>, Errno> {
         let mut way = Vec::new();
         let mut at = node;
         let mut descriptor = loop {
             let known = self.nodes.get(at)?;
             let (share, parent, slot) = (self.shares.get(known.share)?, known.parent, known.slot);
             if parent == ROOT {
-                break Rc::clone(&share.root);
+                break Arc::clone(&share.root);
             }
             if let Some(kept) = slot.and_then(|slot| self.nodes.descriptors.get(slot)) {
                 break kept;
@@ -241,14 +256,14 @@ impl Session {
             if found.identity() != known.identity || found.kind() != known.kind {
                 return Err(Errno::STALE);
             }
-            descriptor = Rc::new(opened);
-            self.keep(id, Rc::clone(&descriptor));
+            descriptor = Arc::new(opened);
+            self.keep(id, Arc::clone(&descriptor));
         }
         Ok(descriptor)
     }
 
     /// Keeps the descriptor of a node.
-    pub(crate) fn keep(&mut self, node: u64, descriptor: Rc<OwnedFd>) {
+    pub(crate) fn keep(&mut self, node: u64, descriptor: Arc<OwnedFd>) {
         let (slot, gone) = self.nodes.descriptors.insert(node, descriptor);
         if let Some(gone) = gone.and_then(|gone| self.nodes.get_mut(gone)) {
             gone.slot = None;
@@ -289,6 +304,14 @@ fn stale(errno: Errno) -> Errno {
 }
 
 impl Reply {
+    /// A reply with what came of a request.
+    pub fn new(unique: u64, result: Result<Writer, Errno>, file: Option<Passed>) -> Self {
+        match result {
+            Ok(writer) => Self { bytes: writer.finish(unique, None), file },
+            Err(errno) => Self::error(unique, errno),
+        }
+    }
+
     /// A reply that says what went wrong.
     pub fn error(unique: u64, errno: Errno) -> Self {
         // What is not one of Linux's for user space is not for the guest's kernel.

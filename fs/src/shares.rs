@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_protocol::limits::is_valid_id;
@@ -23,7 +23,7 @@ pub struct Share {
     /// Refuses changes.
     pub read_only: bool,
     /// What is shared.
-    pub root: Rc<OwnedFd>,
+    pub root: Arc<OwnedFd>,
 }
 
 /// Why a share is not added or removed.
@@ -91,7 +91,7 @@ impl Shares {
             FileType::Directory | FileType::RegularFile | FileType::Socket | FileType::Fifo => {}
             other => return Err(ShareError::Type(other)),
         }
-        self.table.insert(self.next, Share { name: name.into(), kind, read_only, root: Rc::new(root) });
+        self.table.insert(self.next, Share { name: name.into(), kind, read_only, root: Arc::new(root) });
         self.next += 1;
         Ok(())
     }

@@ -1,9 +1,9 @@
 //! What concerns the whole connection or a file system of the host: INIT, STATFS, SYNCFS.
 
 use std::collections::BTreeSet;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::fs::{FileType, OFlags, fstatvfs, syncfs};
+use rustix::fs::{FileType, OFlags, fstatvfs};
 use rustix::io::Errno;
 
 use super::Result;
@@ -12,6 +12,7 @@ use crate::name::NAME_MAX;
 use crate::nodes::ROOT;
 use crate::session::{Features, Session};
 use crate::wire::{InHeader, MAJOR, MINOR, MINOR_MIN, Reader, Writer, init};
+use crate::worker::Work;
 
 /// What of FUSE the server uses, if the guest's driver knows it. READDIRPLUS_AUTO is not among it: a walk through a tree asks for the
 /// attributes of all that it sees. Nor is WRITEBACK_CACHE, since others write as well.
@@ -77,28 +78,31 @@ pub(super) fn stat_file_system(session: &mut Session, header: &InHeader, _: Read
 
 /// SYNCFS: the file systems of all shares, or of a submount.
 pub(super) fn sync_file_system(session: &mut Session, header: &InHeader, _: Reader<'_>) -> Result<Writer> {
+    let mut files = Vec::new();
     if header.node != ROOT {
         let at = session.at(header.node)?;
-        sync(session, &*at.descriptor, at.file_type)?;
-        return Ok(Writer::reply());
+        files.extend(reopen(session, &*at.descriptor, at.file_type)?);
     }
     let (mut done, mut share) = (BTreeSet::new(), 0);
-    while let Some((next, found)) = session.shares.after(share) {
+    while header.node == ROOT
+        && let Some((next, found)) = session.shares.after(share)
+    {
         share = next;
-        let root = std::rc::Rc::clone(&found.root);
-        let attributes = Attributes::of(&*root)?;
+        let attributes = Attributes::of(&*found.root)?;
         if !found.read_only && done.insert(attributes.device()) {
-            sync(session, &*root, attributes.kind())?;
+            files.extend(reopen(session, &*found.root, attributes.kind())?);
         }
     }
+    session.work = Some(Work::SyncFileSystems(files));
     Ok(Writer::reply())
 }
 
-fn sync(session: &Session, descriptor: impl AsFd, file_type: FileType) -> Result<()> {
+/// Something of a file system that it can be named by, if there is something to write out.
+fn reopen(session: &Session, descriptor: impl AsFd, file_type: FileType) -> Result<Option<OwnedFd>> {
     match file_type {
         FileType::Directory | FileType::RegularFile => {
-            syncfs(session.own.reopen(descriptor, OFlags::RDONLY)?)
+            session.own.reopen(descriptor, OFlags::RDONLY).map(Some)
         }
-        _ => Ok(()),
+        _ => Ok(None),
     }
 }

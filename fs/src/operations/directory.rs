@@ -1,8 +1,8 @@
 //! Directories: OPENDIR, READDIR, READDIRPLUS, FSYNCDIR.
 
-use std::rc::Rc;
+use std::sync::Arc;
 
-use rustix::fs::{FileType, OFlags, SeekFrom, fdatasync, fsync, seek};
+use rustix::fs::{FileType, OFlags, SeekFrom, seek};
 use rustix::io::Errno;
 
 use super::Result;
@@ -15,6 +15,7 @@ use crate::name::Name;
 use crate::nodes::ROOT;
 use crate::session::{At, REPLY_MAX, Session};
 use crate::wire::{DIRENT, ENTRY_OUT, FSYNC_FDATASYNC, InHeader, OUT_HEADER, Reader, Writer};
+use crate::worker::Work;
 
 /// Cookies of `.` and `..` in the root directory; a share's is its id beyond them.
 const DOTS: u64 = 2;
@@ -33,7 +34,7 @@ pub(super) fn open(session: &mut Session, header: &InHeader, _: Reader<'_>) -> R
         return Err(Errno::NOTDIR);
     }
     let directory = open_in(&*at.descriptor, c".", OFlags::RDONLY | OFlags::DIRECTORY, 0)?;
-    let open = Open::Directory(Rc::new(directory), 0);
+    let open = Open::Directory(Arc::new(directory), 0);
     let handle = session.handles.insert(header.node, at.share, open);
     reply.u64(handle).u32(at.kind.open_directory_flags()).u32(0);
     Ok(reply)
@@ -45,8 +46,9 @@ pub(super) fn sync(session: &mut Session, header: &InHeader, mut body: Reader<'_
     match session.handles.get(handle, header.node)? {
         Open::File(_) => return Err(Errno::BADF),
         Open::Root => {}
-        Open::Directory(directory, _) if flags & FSYNC_FDATASYNC != 0 => fdatasync(&**directory)?,
-        Open::Directory(directory, _) => fsync(&**directory)?,
+        Open::Directory(directory, _) => {
+            session.work = Some(Work::Sync(Arc::clone(directory), flags & FSYNC_FDATASYNC != 0));
+        }
     }
     Ok(Writer::reply())
 }

@@ -1,12 +1,10 @@
 //! Regular files: opening and creating them for the VMM, and what is done to them when they are open.
 
 use std::os::fd::OwnedFd;
-use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{
-    FallocateFlags, FileType, OFlags, SeekFrom, copy_file_range, fallocate, fdatasync, fsync, seek as lseek,
-};
+use rustix::fs::{FallocateFlags, FileType, OFlags, SeekFrom, seek as lseek};
 use rustix::io::Errno;
 
 use super::Result;
@@ -18,6 +16,7 @@ use crate::host::open_in;
 use crate::nodes::ROOT;
 use crate::session::{At, Passed, Session};
 use crate::wire::{FOPEN_KEEP_CACHE, FSYNC_FDATASYNC, InHeader, OPEN_KILL_SUIDGID, Reader, Writer};
+use crate::worker::Work;
 
 /// How a file is opened. O_DIRECT is dropped, since the guest's buffers are not aligned as the host's disk wants it.
 const OPEN_FLAGS: OFlags =
@@ -91,8 +90,8 @@ fn open_node(session: &mut Session, node: u64, wanted: Wanted) -> Result<(OwnedF
 
 /// `fuse_open_out`, and the file that goes with it.
 fn pass(session: &mut Session, at: &At, node: u64, file: OwnedFd, new: Option<u64>, to: &mut Writer) {
-    let file = Rc::new(file);
-    let handle = session.handles.insert(node, at.share, Open::File(Rc::clone(&file)));
+    let file = Arc::new(file);
+    let handle = session.handles.insert(node, at.share, Open::File(Arc::clone(&file)));
     let flags = match at.kind {
         ShareKind::Root => FOPEN_KEEP_CACHE,
         ShareKind::Bind if is_unchanged(session, node, &file) => FOPEN_KEEP_CACHE,
@@ -160,7 +159,7 @@ pub(super) fn create_unnamed(
     let descriptor = session.own.reopen(&file, OFlags::PATH)?;
     let mut reply = Writer::reply();
     let node = write_entry(session, &at, c"", &found, &mut reply)?;
-    session.keep(node, Rc::new(descriptor));
+    session.keep(node, Arc::new(descriptor));
     if let Some(slot) = session.nodes.get(node)?.slot {
         session.nodes.descriptors.pin(slot);
     }
@@ -181,11 +180,7 @@ pub(super) fn release(session: &mut Session, header: &InHeader, mut body: Reader
 pub(super) fn sync(session: &mut Session, header: &InHeader, mut body: Reader<'_>) -> Result<Writer> {
     let (handle, flags) = (body.u64()?, body.u32()?);
     let file = session.handles.file(handle, header.node)?;
-    if flags & FSYNC_FDATASYNC != 0 {
-        fdatasync(&*file)?;
-    } else {
-        fsync(&*file)?;
-    }
+    session.work = Some(Work::Sync(file, flags & FSYNC_FDATASYNC != 0));
     Ok(Writer::reply())
 }
 
@@ -197,8 +192,7 @@ pub(super) fn allocate(session: &mut Session, header: &InHeader, mut body: Reade
     let mode = mode.ok_or(Errno::OPNOTSUPP)?;
     session.check_writable(header.node)?;
     let file = session.handles.file(handle, header.node)?;
-    fallocate(&*file, mode, offset, length)?;
-    session.own.clear_set_id(&*file)?;
+    session.work = Some(Work::Allocate { file, mode, offset, length, own: session.own });
     Ok(Writer::reply())
 }
 
@@ -219,8 +213,8 @@ pub(super) fn seek(session: &mut Session, header: &InHeader, mut body: Reader<'_
 
 /// COPY_FILE_RANGE
 pub(super) fn copy_range(session: &mut Session, header: &InHeader, mut body: Reader<'_>) -> Result<Writer> {
-    let (from_handle, mut from_offset) = (body.u64()?, body.u64()?);
-    let (to_node, to_handle, mut to_offset) = (body.u64()?, body.u64()?, body.u64()?);
+    let (from_handle, from_offset) = (body.u64()?, body.u64()?);
+    let (to_node, to_handle, to_offset) = (body.u64()?, body.u64()?, body.u64()?);
     let (length, flags) = (body.u64()?, body.u64()?);
     if flags != 0 {
         return Err(Errno::INVAL);
@@ -229,9 +223,7 @@ pub(super) fn copy_range(session: &mut Session, header: &InHeader, mut body: Rea
     let from = session.handles.file(from_handle, header.node)?;
     let to = session.handles.file(to_handle, to_node)?;
     let length = usize::try_from(length.min(COPY_MAX)).map_err(|_| Errno::INVAL)?;
-    let copied = copy_file_range(&*from, Some(&mut from_offset), &*to, Some(&mut to_offset), length)?;
-    session.own.clear_set_id(&*to)?;
-    let mut reply = Writer::reply();
-    reply.u32(u32::try_from(copied).map_err(|_| Errno::IO)?).u32(0);
-    Ok(reply)
+    let (from, to) = ((from, from_offset), (to, to_offset));
+    session.work = Some(Work::Copy { from, to, length, own: session.own });
+    Ok(Writer::reply())
 }

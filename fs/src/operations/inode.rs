@@ -1,7 +1,7 @@
 //! Nodes: LOOKUP, FORGET, attributes, READLINK.
 
 use std::ffi::CStr;
-use std::rc::Rc;
+use std::sync::Arc;
 
 use rustix::fs::{
     AtFlags, FileType, Gid, OFlags, Timespec, Timestamps, Uid, chownat, fstatfs, ftruncate, readlinkat,
@@ -190,7 +190,7 @@ pub(super) fn set_attributes(session: &mut Session, header: &InHeader, body: Rea
         if wanted.sets(fattr::FH) { Some(session.handles.get(wanted.handle, header.node)?) } else { None };
     // What is open can be changed even if it cannot be found any more.
     let (file, open) = match open {
-        Some(Open::File(file)) => (Rc::clone(file), true),
+        Some(Open::File(file)) => (Arc::clone(file), true),
         _ => (session.at(header.node)?.descriptor, false),
     };
     let file_type = session.nodes.get(header.node)?.kind;

@@ -1,7 +1,7 @@
 //! The tree of names: making, removing, renaming and linking.
 
 use std::ffi::CStr;
-use std::rc::Rc;
+use std::sync::Arc;
 
 use rustix::fs::{
     AtFlags, CWD, FileType, Mode, RenameFlags, linkat, mkdirat, mknodat, renameat_with, symlinkat, unlinkat,
@@ -102,7 +102,7 @@ fn pin_known(session: &mut Session, at: &At, name: &CStr) {
     if known.slot.is_none() {
         let Ok(opened) = open_in(&*at.descriptor, name, rustix::fs::OFlags::PATH, 0) else { return };
         if Attributes::of(&opened).is_ok_and(|opened| opened.identity() == found.identity()) {
-            session.keep(id, Rc::new(opened));
+            session.keep(id, Arc::new(opened));
         }
     }
     if let Some(slot) = session.nodes.get(id).ok().and_then(|known| known.slot) {

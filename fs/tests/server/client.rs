@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command};
+use std::time::Duration;
 
 use bulkhead_fs::control::{Fd, FromOwner, Reply, Request, ShareKind};
 use bulkhead_fs::wire::{OUT_HEADER, Reader, Writer, opcode};
@@ -14,6 +15,7 @@ use bulkhead_vmm::control::socket::ControlSocket;
 use rustix::fs::CWD;
 use rustix::io::FdFlags;
 use rustix::mount::{OpenTreeFlags, open_tree};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, Shutdown, SocketFlags, SocketType,
     recvmsg, send, sendmsg, shutdown, socketpair,
@@ -68,6 +70,8 @@ impl Server {
         let root = tempfile::tempdir().unwrap();
         let (requests, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        // A server that hangs is an error.
+        set_socket_timeout(&requests, Timeout::Recv, Some(Duration::from_mins(1))).unwrap();
         let (control, their_control) = ControlSocket::pair().unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead-fs"));
         command.arg("--root").arg(root.path()).args(arguments);
@@ -159,6 +163,11 @@ impl Server {
             rustix::net::SendFlags::NOSIGNAL,
         )
         .unwrap();
+    }
+
+    /// That of the request sent last.
+    pub(crate) fn unique(&self) -> u64 {
+        self.unique
     }
 
     /// A reply's `unique`, what it says, and its file.

@@ -248,8 +248,15 @@ fn the_server_has_little_left_to_lose() {
     assert_eq!((field("CapInh"), field("CapAmb")), ("0".repeat(16), "0".repeat(16)));
     assert_eq!(
         (field("NoNewPrivs"), field("Seccomp"), field("Threads")),
-        ("1".into(), "2".into(), "1".into())
+        ("1".into(), "2".into(), "2".into())
     );
+    // The other thread, too, and it is there before anything is asked.
+    for thread in fs::read_dir(format!("/proc/{}/task", server.pid())).unwrap() {
+        let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+        let confined =
+            status.lines().filter(|line| ["CapEff:\t00000000880000df", "Seccomp:\t2"].contains(line));
+        assert_eq!(confined.count(), 2, "{status}");
+    }
     let process = PathBuf::from(format!("/proc/{}", server.pid()));
     assert_eq!(fs::read_dir(process.join("root")).unwrap().count(), 0);
     assert!(

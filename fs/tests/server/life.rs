@@ -2,13 +2,19 @@
 
 use std::fs;
 use std::io::{Read, Seek, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
+use bulkhead_fs::control::Request;
 use bulkhead_fs::wire::{Writer, fattr, opcode};
 use libc::{
     EEXIST, EINVAL, EISDIR, ELOOP, ENOENT, ENOTEMPTY, ESTALE, EXDEV, O_APPEND, O_EXCL, O_RDONLY, O_RDWR,
     O_TRUNC, O_WRONLY,
 };
+
+use rustix::mount::{UnmountFlags, unmount};
 
 use crate::client::Server;
 
@@ -204,4 +210,79 @@ fn open_files_are_sought_allocated_copied_and_synced() {
     }
     let stat = server.call(opcode::STATFS, root, &[]).unwrap();
     assert_eq!((stat.len(), server.call(opcode::STATFS, 1, &[]).unwrap().len()), (80, 80));
+}
+
+/// A file system in a file, on a loop device, on which every change waits as long as it is frozen.
+struct Frozen {
+    directory: tempfile::TempDir,
+    root: fs::File,
+}
+
+impl Frozen {
+    /// None where there are no loop devices.
+    fn new() -> Option<Self> {
+        let directory = tempfile::tempdir().unwrap();
+        let (image, root) = (directory.path().join("image"), directory.path().join("root"));
+        fs::File::create(&image).unwrap().set_len(16 << 20).unwrap();
+        fs::create_dir(&root).unwrap();
+        let run = |program: &str, arguments: &[&Path]| {
+            Command::new(program).args(arguments).output().is_ok_and(|output| output.status.success())
+        };
+        if !run("mkfs.ext4", &[Path::new("-q"), &image])
+            || !run("mount", &[Path::new("-o"), Path::new("loop"), &image, &root])
+        {
+            println!("skipped: no loop devices");
+            return None;
+        }
+        let root = fs::File::open(root).unwrap();
+        Some(Self { directory, root })
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.path().join("root")
+    }
+
+    /// FIFREEZE or FITHAW
+    fn set(&self, request: libc::Ioctl) -> bool {
+        // SAFETY: takes integers, touches no memory.
+        unsafe { libc::ioctl(self.root.as_raw_fd(), request, 0) == 0 }
+    }
+}
+
+const FIFREEZE: libc::Ioctl = 0xc004_5877;
+const FITHAW: libc::Ioctl = 0xc004_5878;
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        self.set(FITHAW);
+        unmount(self.path(), UnmountFlags::DETACH).unwrap();
+    }
+}
+
+#[test]
+fn what_waits_for_a_disk_holds_back_nothing_else() {
+    let Some(mut server) = Server::start(&[]) else { return };
+    let Some(frozen) = Frozen::new() else { return };
+    fs::write(frozen.path().join("a"), "text").unwrap();
+    let host = tempfile::tempdir().unwrap();
+    let root = server.share_root(host.path());
+    server.share("frozen", &frozen.path(), bulkhead_fs::control::ShareKind::Bind, false);
+    let inside = server.walk(1, &["frozen"]);
+    let a = server.walk(inside, &["a"]);
+    let (handle, _) = server.open(a, O_RDWR).unwrap();
+    assert!(frozen.set(FIFREEZE));
+    let mut body = Writer::default();
+    body.u64(handle).u64(0).u64(8192).u32(0).u32(0);
+    server.send(opcode::FALLOCATE, a, &body.0);
+    let waits = server.unique();
+    // Of the other file system and of this one: whatever changes nothing.
+    server.make_directory(root, "d", 0o755, 0).unwrap();
+    assert_eq!(server.attributes(a).unwrap().size, 4);
+    server.lookup(inside, "a").unwrap();
+    server.open(a, O_RDONLY).unwrap();
+    assert!(frozen.set(FITHAW));
+    let (unique, result, _) = server.receive();
+    assert_eq!((unique, result.map(|body| body.len())), (waits, Ok(0)));
+    assert_eq!(server.attributes(a).unwrap().size, 8192);
+    server.owner(Request::RemoveShare { name: "frozen".to_owned() }, &[]).unwrap();
 }

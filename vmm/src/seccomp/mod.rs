@@ -110,8 +110,8 @@ pub fn confine(thread: Thread) {
 }
 
 /// glibc's heaps of threads other than the first one are trimmed only after a look at `/proc/sys/vm/overcommit_memory`. With one
-/// heap for all threads it never looks.
-fn keep_malloc_from_files() {
+/// heap for all threads it never looks. Called before there is a second thread.
+pub fn keep_malloc_from_files() {
     // SAFETY: sets a number in the allocator. It cannot fail for a number above zero.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
