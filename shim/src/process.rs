@@ -1,7 +1,6 @@
 //! One process of a container: its first one, or an exec.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use bulkhead_sandbox::agent::ProcessId;
@@ -85,11 +84,18 @@ pub(crate) struct Process {
     /// What its standard streams are.
     pub(crate) stdio: Stdio,
     state: watch::Sender<State>,
-    attached: Mutex<Option<Arc<Attached>>>,
-    /// The client has closed the input, perhaps before there was any copying. Set and read with `attached` locked.
-    input_closed: AtomicBool,
+    streams: Mutex<Streams>,
     /// Rows and columns of its terminal, as last told.
     size: Mutex<(u16, u16)>,
+}
+
+/// What goes on with a process's streams.
+#[derive(Debug, Default)]
+struct Streams {
+    /// The copying, while it goes on.
+    attached: Option<Arc<Attached>>,
+    /// The client has closed the input, perhaps before there was any copying.
+    input_closed: bool,
 }
 
 impl Process {
@@ -100,8 +106,7 @@ impl Process {
             program: Mutex::default(),
             stdio,
             state: watch::Sender::new(state),
-            attached: Mutex::default(),
-            input_closed: AtomicBool::default(),
+            streams: Mutex::default(),
             size: Mutex::default(),
         }
     }
@@ -167,37 +172,37 @@ impl Process {
 
     /// Takes the copying of its streams.
     pub(crate) fn attach(&self, attached: Attached) {
-        let mut place = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.input_closed.load(Ordering::Relaxed) {
+        let mut streams = self.streams();
+        if streams.input_closed {
             attached.close_stdin();
         }
-        *place = Some(Arc::new(attached));
+        streams.attached = Some(Arc::new(attached));
     }
 
     /// Ends its input, now or as soon as it has one.
     pub(crate) fn close_input(&self) {
-        let attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
-        self.input_closed.store(true, Ordering::Relaxed);
-        if let Some(attached) = attached.as_ref() {
+        let mut streams = self.streams();
+        streams.input_closed = true;
+        if let Some(attached) = &streams.attached {
             attached.close_stdin();
         }
     }
 
-    /// The copying of its streams, while it goes on.
-    pub(crate) fn attached(&self) -> Option<Arc<Attached>> {
-        self.attached.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
     /// Ends the copying of its streams and closes the host's ends.
     pub(crate) fn detach(&self) {
-        if let Some(attached) = self.attached.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        if let Some(attached) = self.streams().attached.take() {
             attached.cut();
         }
     }
 
+    fn streams(&self) -> MutexGuard<'_, Streams> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Waits until all of its output has been passed on.
     pub(crate) async fn drained(&self) {
-        if let Some(attached) = self.attached() {
+        let attached = self.streams().attached.clone();
+        if let Some(attached) = attached {
             attached.drained().await;
         }
     }
