@@ -67,6 +67,9 @@ impl Shim {
         let started = timeout(START_TIMEOUT, machine.pod().start_container(&task.id)).await;
         match started.unwrap_or(Err(AgentError::Timeout(START_TIMEOUT))) {
             Ok(()) => {
+                // Only now: ctr that had all its input before the creation was over has gone by then, and never calls CloseIO
+                // (containerd's issue 4489).
+                task.init.hold_input();
                 let pid = machine.pid();
                 self.events.publish(&TaskStart { container_id: task.id.clone(), pid, ..Default::default() });
                 task.init.advance(State::Starting, State::Running);
@@ -88,7 +91,10 @@ impl Shim {
     ) -> Result<u32, TaskError> {
         let process = &exec.process;
         match self.run_exec(&exec, &machine).await {
-            Ok(attached) => process.attach(attached),
+            Ok(attached) => {
+                process.attach(attached);
+                process.hold_input();
+            }
             Err(error) => {
                 let status = match &error {
                     TaskError::Agent(error) if error.code() == Some(Code::NOT_FOUND) => NOT_FOUND,

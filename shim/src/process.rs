@@ -179,7 +179,14 @@ impl Process {
         streams.attached = Some(Arc::new(attached));
     }
 
-    /// Ends its input, now or as soon as it has one.
+    /// From its start on its input outlives the clients that write it, unless it is closed.
+    pub(crate) fn hold_input(&self) {
+        if let Some(attached) = &self.streams().attached {
+            attached.hold_stdin();
+        }
+    }
+
+    /// Ends its input with the last client that writes it, now or as soon as it has one.
     pub(crate) fn close_input(&self) {
         let mut streams = self.streams();
         streams.input_closed = true;

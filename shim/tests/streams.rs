@@ -66,10 +66,11 @@ async fn input_arrives_and_ends_when_it_is_closed() {
         request.stdout = name(&out);
     })
     .await;
-    // The writer is kept open, as containerd's clients do: only the call ends the input.
-    let mut writer = File::options().read(true).write(true).open(&stdin).unwrap();
+    // ctr calls before it closes its end.
+    let mut writer = File::options().write(true).open(&stdin).unwrap();
     writer.write_all(b"some words").unwrap();
     close_stdin(&shim, "").await;
+    drop(writer);
     assert_eq!(shim.wait("").await.unwrap(), 0);
     assert_eq!(stdout.await, b"some words");
     shim.finish(&host).await;
@@ -87,6 +88,43 @@ async fn input_that_is_closed_before_the_start_is_empty() {
     close_stdin(&shim, "").await;
     shim.start("").await.unwrap();
     assert_eq!(shim.wait("").await.unwrap(), 0);
+    shim.finish(&host).await;
+}
+
+#[tokio::test]
+async fn input_goes_on_when_its_writer_has_gone_until_it_is_closed() {
+    let host = Host::new().await;
+    let (stdin, out) = (host.fifo("in"), host.fifo("out"));
+    let stdout = read(&out);
+    let shim = running(&host, &["/bin/cat"], |request| {
+        request.stdin = name(&stdin);
+        request.stdout = name(&out);
+    })
+    .await;
+    // A client that leaves, and one that attaches later.
+    for words in [b"first ", b"later "] {
+        File::options().write(true).open(&stdin).unwrap().write_all(words).unwrap();
+        assert_eq!(shim.status("").await, api::Status::RUNNING);
+    }
+    close_stdin(&shim, "").await;
+    assert_eq!(shim.wait("").await.unwrap(), 0);
+    assert_eq!(stdout.await, b"first later ");
+    shim.finish(&host).await;
+}
+
+#[tokio::test]
+async fn input_whose_writer_had_gone_before_the_start_is_over() {
+    let host = Host::new().await;
+    let (stdin, out) = (host.fifo("in"), host.fifo("out"));
+    let stdout = read(&out);
+    host.bundle("web", &["/bin/cat"], &[], &json!({}));
+    let shim = host.start("web").await;
+    let request = api::CreateTaskRequest { stdin: name(&stdin), stdout: name(&out), ..shim.request() };
+    shim.create(&request).await.unwrap();
+    File::options().write(true).open(&stdin).unwrap().write_all(b"all of it").unwrap();
+    shim.start("").await.unwrap();
+    assert_eq!(shim.wait("").await.unwrap(), 0);
+    assert_eq!(stdout.await, b"all of it");
     shim.finish(&host).await;
 }
 

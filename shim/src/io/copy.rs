@@ -2,14 +2,14 @@
 //! the writer down, and an end on one side becomes an end on the other.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use bulkhead_protocol::stream::{Stream, StreamHeader};
 use bulkhead_sandbox::agent::ProcessId;
 use bulkhead_sandbox::stream::{self, StreamError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
 use super::{HostEnds, IoError, PIECE, Sink, binary, fifo};
@@ -19,7 +19,8 @@ use super::{HostEnds, IoError, PIECE, Sink, binary, fifo};
 pub(crate) struct Attached {
     tasks: Vec<AbortHandle>,
     outputs: watch::Sender<usize>,
-    close_stdin: Arc<Notify>,
+    /// Gone when the input has ended.
+    stdin: Weak<fifo::Input>,
     _logger: Option<binary::Logger>,
 }
 
@@ -42,20 +43,17 @@ impl Attached {
         )
         .map_err(|error: StreamError| IoError::Guest(error))?;
 
-        let mut attached = Self {
-            tasks: Vec::new(),
-            outputs: watch::Sender::new(0),
-            close_stdin: Arc::default(),
-            _logger: logger,
-        };
+        let mut attached =
+            Self { tasks: Vec::new(), outputs: watch::Sender::new(0), stdin: Weak::new(), _logger: logger };
         for (connection, sink) in [(guest_stdout, stdout), (guest_stderr, stderr)] {
             if let (Some(connection), Some(sink)) = (connection, sink) {
                 attached.copy_output(connection, sink);
             }
         }
         if let (Some(connection), Some(stdin)) = (guest_stdin, stdin) {
-            let close = Arc::clone(&attached.close_stdin);
-            attached.tasks.push(tokio::spawn(copy_input(stdin, connection, close)).abort_handle());
+            let stdin = Arc::new(stdin);
+            attached.stdin = Arc::downgrade(&stdin);
+            attached.tasks.push(tokio::spawn(copy_input(stdin, connection)).abort_handle());
         }
         Ok(attached)
     }
@@ -70,9 +68,18 @@ impl Attached {
         self.tasks.push(copying.abort_handle());
     }
 
-    /// Ends the process's input after what has been written to the fifo so far.
+    /// From here on the process's input, unless it has ended, outlives its writers.
+    pub(crate) fn hold_stdin(&self) {
+        if let Some(stdin) = self.stdin.upgrade() {
+            stdin.hold();
+        }
+    }
+
+    /// From here on the process's input ends with its last writer, if there is any.
     pub(crate) fn close_stdin(&self) {
-        self.close_stdin.notify_one();
+        if let Some(stdin) = self.stdin.upgrade() {
+            stdin.close();
+        }
     }
 
     /// Waits until all output has come and has been passed on.
@@ -121,25 +128,16 @@ async fn copy_output(mut connection: UnixStream, sink: Sink) {
 }
 
 /// Copies until the end of the input, which becomes the end of the process's input, or until the process takes no more.
-async fn copy_input(input: fifo::Input, connection: UnixStream, close: Arc<Notify>) {
+async fn copy_input(input: Arc<fifo::Input>, connection: UnixStream) {
     let mut piece = vec![0; PIECE];
     let (mut guest, mut process) = connection.into_split();
     let mut nothing = [0; 1];
-    let mut closing = false;
     loop {
-        let count = if closing {
-            input.read_now(&mut piece)
-        } else {
-            tokio::select! {
-                biased;
-                read = input.read(&mut piece) => read.unwrap_or(0),
-                // Standard input carries nothing in this direction: whatever comes, or an error, is its end.
-                _ = guest.read(&mut nothing) => return,
-                () = close.notified() => {
-                    closing = true;
-                    continue;
-                }
-            }
+        let count = tokio::select! {
+            biased;
+            read = input.read(&mut piece) => read.unwrap_or(0),
+            // Standard input carries nothing in this direction: whatever comes, or an error, is its end.
+            _ = guest.read(&mut nothing) => return,
         };
         if count == 0 {
             break;
@@ -222,17 +220,20 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn input_that_is_closed_ends_after_what_had_been_written() {
+    async fn input_that_is_held_ends_when_it_is_closed_and_after_what_was_written() {
         let directory = tempfile::tempdir().unwrap();
         let stdin = fifo(directory.path(), "in");
         let ends = ends(&Stdio { stdin: stdin.clone(), ..Default::default() }).await;
         let (mut guest, connection) = UnixStream::pair().unwrap();
-        // The writer stays: only the call ends the input.
-        let mut writer = File::options().write(true).custom_flags(libc::O_NONBLOCK).open(&stdin).unwrap();
-        writer.write_all(b"all of it").unwrap();
-        let close = Arc::new(Notify::new());
-        close.notify_one();
-        let copying = tokio::spawn(copy_input(ends.stdin.unwrap(), connection, close));
+        let input = Arc::new(ends.stdin.unwrap());
+        let copying = tokio::spawn(copy_input(Arc::clone(&input), connection));
+        input.hold();
+        for words in ["all ", "of it"] {
+            let mut writer = File::options().write(true).custom_flags(libc::O_NONBLOCK).open(&stdin).unwrap();
+            writer.write_all(words.as_bytes()).unwrap();
+        }
+        input.close();
+        drop(input);
         let mut received = Vec::new();
         guest.read_to_end(&mut received).await.unwrap();
         assert_eq!(received, b"all of it");
@@ -247,7 +248,9 @@ mod tests {
         let ends = ends(&Stdio { stdin, ..Default::default() }).await;
         let (guest, connection) = UnixStream::pair().unwrap();
         drop(guest);
-        copy_input(ends.stdin.unwrap(), connection, Arc::default()).await;
+        let input = Arc::new(ends.stdin.unwrap());
+        input.hold();
+        copy_input(input, connection).await;
     }
 
     #[tokio::test]

@@ -2,11 +2,13 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bulkhead_sandbox::watch::watch;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::{read, write};
 use tokio::io::Interest;
@@ -68,12 +70,23 @@ impl Pipe {
     }
 }
 
-/// A fifo that input comes from.
+/// A fifo that input comes from. It ends with its last writer, of which the shim is one while it holds the input.
 #[derive(Debug)]
-pub(super) struct Input(AsyncFd<OwnedFd>);
+pub(super) struct Input {
+    fifo: AsyncFd<OwnedFd>,
+    hold: Mutex<Hold>,
+}
+
+/// Whether the shim has an end of a fifo for writing of its own.
+#[derive(Debug)]
+enum Hold {
+    NotYet,
+    Held { _writer: OwnedFd },
+    Over,
+}
 
 impl Input {
-    /// Opens a fifo, or a file.
+    /// Opens a fifo.
     pub(super) fn open(path: &Path) -> Result<Self, IoError> {
         let opening = || -> io::Result<Self> {
             let fifo = open(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())?;
@@ -81,7 +94,7 @@ impl Input {
             if !file.metadata()?.file_type().is_fifo() {
                 return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a fifo"));
             }
-            watch(file.into(), Interest::READABLE).map(Self)
+            Ok(Self { fifo: watch(file.into(), Interest::READABLE)?, hold: Mutex::new(Hold::NotYet) })
         };
         opening().map_err(|error| IoError::Open(path.to_owned(), error))
     }
@@ -92,18 +105,54 @@ impl Input {
     /// the first one however long it takes.
     pub(super) async fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
-            let mut ready = self.0.readable().await?;
-            if let Ok(count) =
-                ready.try_io(|fd| Ok(rustix::io::retry_on_intr(|| read(fd.get_ref(), &mut *buffer))?))
-            {
-                return count;
+            let mut ready = self.fifo.readable().await?;
+            // What tokio has once heard of an end it reports for ever: a writer that came later would have this spin.
+            let has_ended = ready.ready().is_read_closed();
+            match ready.try_io(|fd| Ok(rustix::io::retry_on_intr(|| read(fd.get_ref(), &mut *buffer))?)) {
+                Ok(count) => return count,
+                Err(_) if has_ended => return Ok(0),
+                Err(_) => {}
             }
         }
     }
 
-    /// Reads what is there without waiting; 0 when there is nothing, now or for ever.
-    pub(super) fn read_now(&self, buffer: &mut [u8]) -> usize {
-        rustix::io::retry_on_intr(|| read(self.0.get_ref(), &mut *buffer)).unwrap_or(0)
+    /// From here on writers may go and come back without an end of the input, until it is closed. An end that was there before stays
+    /// one, and so does one that comes because there is no descriptor left.
+    pub(super) fn hold(&self) {
+        let mut hold = self.locked();
+        if matches!(*hold, Hold::NotYet) && !self.has_ended() {
+            match self.writer() {
+                Ok(writer) => *hold = Hold::Held { _writer: writer },
+                Err(error) => tracing::warn!(%error, "a container's input will end with its writer"),
+            }
+        }
+    }
+
+    /// From here on the input ends with its last writer; at once when there is none, even if there never was.
+    pub(super) fn close(&self) {
+        let mut hold = self.locked();
+        if matches!(*hold, Hold::NotYet)
+            && let Err(error) = self.writer()
+        {
+            tracing::warn!(%error, "a container's input will not end before it has a writer");
+        }
+        *hold = Hold::Over;
+    }
+
+    /// Whether a writer has come, and the last one gone.
+    fn has_ended(&self) -> bool {
+        let mut fds = [PollFd::new(self.fifo.get_ref(), PollFlags::empty())];
+        poll(&mut fds, Some(&Timespec::default())).is_ok() && fds[0].revents().contains(PollFlags::HUP)
+    }
+
+    /// An end for writing; of the very fifo, whatever has become of its name.
+    fn writer(&self) -> io::Result<OwnedFd> {
+        let path = format!("/proc/self/fd/{}", self.fifo.as_raw_fd());
+        Ok(open(path, OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())?)
+    }
+
+    fn locked(&self) -> MutexGuard<'_, Hold> {
+        self.hold.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -145,20 +194,87 @@ mod tests {
         writing.await.unwrap().unwrap();
     }
 
+    fn writer(path: &Path) -> File {
+        File::options().write(true).custom_flags(libc::O_NONBLOCK).open(path).unwrap()
+    }
+
+    /// Checks that there is neither input nor its end.
+    async fn expect_nothing(input: &Input) {
+        let early = timeout(Duration::from_millis(50), input.read(&mut [0; 10])).await;
+        assert!(early.is_err(), "{early:?}");
+    }
+
+    async fn expect_end(input: &Input) {
+        let end = timeout(Duration::from_secs(10), input.read(&mut [0; 10])).await;
+        assert_eq!(end.expect("no end").unwrap(), 0);
+    }
+
     #[tokio::test]
     async fn input_waits_for_its_first_writer_and_ends_with_its_last() {
         let directory = tempfile::tempdir().unwrap();
         let path = fifo(directory.path());
         let input = Input::open(&path).unwrap();
-        let mut buffer = [0; 10];
-        let early = timeout(Duration::from_millis(50), input.read(&mut buffer)).await;
-        assert!(early.is_err(), "an end although there was no writer: {early:?}");
-        let mut writer = File::options().write(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
+        expect_nothing(&input).await;
+        let mut writer = writer(&path);
         writer.write_all(b"words").unwrap();
-        assert_eq!(input.read(&mut buffer).await.unwrap(), 5);
-        assert_eq!(input.read_now(&mut buffer), 0);
+        assert_eq!(input.read(&mut [0; 10]).await.unwrap(), 5);
+        expect_nothing(&input).await;
         drop(writer);
-        assert_eq!(input.read(&mut buffer).await.unwrap(), 0);
+        expect_end(&input).await;
+        // It is too late.
+        input.hold();
+        expect_end(&input).await;
+    }
+
+    #[tokio::test]
+    async fn input_that_is_held_goes_on_without_writers_until_it_is_closed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = fifo(directory.path());
+        for is_held_first in [true, false] {
+            let input = Input::open(&path).unwrap();
+            let mut first = if is_held_first {
+                input.hold();
+                writer(&path)
+            } else {
+                let first = writer(&path);
+                input.hold();
+                first
+            };
+            first.write_all(b"first").unwrap();
+            drop(first);
+            assert_eq!(input.read(&mut [0; 10]).await.unwrap(), 5);
+            expect_nothing(&input).await;
+            let mut later = writer(&path);
+            later.write_all(b"later").unwrap();
+            input.close();
+            assert_eq!(input.read(&mut [0; 10]).await.unwrap(), 5);
+            // Another client may have more.
+            expect_nothing(&input).await;
+            drop(later);
+            expect_end(&input).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn input_that_is_closed_before_it_has_a_writer_ends_and_is_not_held_later() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = fifo(directory.path());
+        let input = Input::open(&path).unwrap();
+        input.close();
+        input.hold();
+        expect_end(&input).await;
+    }
+
+    #[tokio::test]
+    async fn an_end_that_was_heard_of_stays_one_although_another_writer_comes() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = fifo(directory.path());
+        let input = Input::open(&path).unwrap();
+        drop(writer(&path));
+        assert!(input.fifo.readable().await.unwrap().ready().is_read_closed());
+        let _another = writer(&path);
+        input.hold();
+        expect_end(&input).await;
     }
 
     #[tokio::test]

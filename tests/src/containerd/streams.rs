@@ -1,15 +1,21 @@
-//! Standard streams of tasks: bursts, readers that come and go, an orphan that keeps them.
+//! Standard streams of tasks: bursts, readers and writers that come and go, an orphan that keeps them.
 
 use std::fs::{File, read_to_string};
+use std::io::Write;
 use std::path::PathBuf;
+use std::process::{Child, Output, Stdio};
 use std::thread;
 
 use bulkhead_tests::bulkhead::{eventually, expect_code, stderr, stdout};
-use bulkhead_tests::ctr::{Bundle, CreateTaskRequest, Reader, Shim, in_background, run};
+use bulkhead_tests::checksum::md5_hex;
+use bulkhead_tests::ctr::{
+    self, Bundle, Container, CreateTaskRequest, Reader, Shim, ctr, in_background, is_runc, pipes, run,
+    run_command, status,
+};
 use bulkhead_tests::vm::{Result, ensure};
 use libtest_mimic::Trial;
 
-use crate::trial;
+use crate::{soak, trial};
 
 /// More than pipes and buffers on the way take together.
 const BURST: usize = 8 << 20;
@@ -19,6 +25,22 @@ pub(crate) fn tests() -> Vec<Trial> {
         trial("streams: standard output and error are apart", apart),
         trial("streams: eight megabytes written in a burst before the end arrive whole", burst),
         trial("streams: input that ended before the command started is an end of file", closed_early),
+        trial("streams: a command gets all of its input, little or much, and then its end", || {
+            whole_input(1)
+        }),
+        soak("streams: a command gets all of its input, little or much, twenty times", || whole_input(20)),
+        trial(
+            "streams: input outlives the client in the background, and one that attaches goes on",
+            detached_input,
+        ),
+        trial(
+            "streams: input outlives a client that is killed, and one that attaches goes on",
+            orphaned_input,
+        ),
+        trial(
+            "streams: input outlives containerd, and a client that attaches to the next one goes on",
+            lasting_input,
+        ),
         trial("streams: output without a reader is thrown away when there is to be none", nowhere),
         trial("streams: output goes to a file that is named, after what is there", log_file),
         trial("streams: output goes to a program that is named", log_program),
@@ -40,6 +62,90 @@ fn burst() -> Result {
         format!("{} bytes, {}", output.stdout.len(), output.status)
     })?;
     ensure(output.stderr.len() == BURST, || format!("{} bytes of standard error", output.stderr.len()))
+}
+
+/// When `ctr` is done with its input must not matter.
+fn whole_input(times: usize) -> Result {
+    // ctr that is done with its input before the creation is over never calls CloseIO (containerd's issue 4489), without which runc's
+    // shim ends no input.
+    let lengths: &[usize] = if is_runc() { &[BURST] } else { &[10, 100_000, BURST] };
+    for &length in lengths {
+        let text: Vec<u8> = (0..length).map(|n| b"0123456789abc"[n % 13]).collect();
+        let expected = format!("{}  -\n", md5_hex(&text)?);
+        for time in 1..=times {
+            let output = fed(&text)?;
+            expect_code(&output, 0)?;
+            ensure(stdout(&output) == expected, || format!("{length} bytes, time {time}: {output:?}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// What `md5sum` says of this input.
+fn fed(text: &[u8]) -> Result<Output> {
+    let mut command = run_command("fed", &["--rm"], &["md5sum"])?;
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let mut input = child.stdin.take().ok_or("no standard input")?;
+    input.write_all(text)?;
+    drop(input);
+    ended(child)
+}
+
+/// Waits for a `ctr`, which may have been left without an end.
+fn ended(mut child: Child) -> Result<Output> {
+    if let Err(error) = eventually("ctr ends", || Ok(child.try_wait()?.is_some())) {
+        child.kill()?;
+        return Err(format!("{error}: {:?}", child.wait_with_output()?).into());
+    }
+    Ok(child.wait_with_output()?)
+}
+
+/// Reads two lines, of which a first client has typed one; its standard input stays open as long as that of its `ctr`.
+fn half_typed(options: &[&str]) -> Result<Child> {
+    let script = "read first; touch /read; read second; echo $first $second; exit 7";
+    let mut client = run_command("typed", options, &["sh", "-c", script])?.stdin(Stdio::piped()).spawn()?;
+    client.stdin.as_mut().ok_or("no standard input")?.write_all(b"one\n")?;
+    Ok(client)
+}
+
+/// Has a second client type the other one.
+fn type_the_rest(container: &Container) -> Result {
+    ensure(status(container.id())? == "RUNNING", || "it has ended".to_owned())?;
+    let mut client = container.task("attach", &[]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    client.stdin.as_mut().ok_or("no standard input")?.write_all(b"two\n")?;
+    let output = ended(client)?;
+    ensure(stdout(&output) == "one two\n", || format!("{output:?}"))?;
+    expect_code(&output, 7)?;
+    // ctr removes the task that it was attached to.
+    expect_code(&ctr(["container", "delete", container.id()]).output()?, 0)
+}
+
+fn has_read(container: &Container) -> Result {
+    eventually("it reads", || Ok(container.exec(&["test", "-e", "/read"])?.status.success()))
+}
+
+fn detached_input() -> Result {
+    expect_code(&ended(half_typed(&["--detach"])?)?, 0)?;
+    let container = Container::of("typed");
+    has_read(&container)?;
+    type_the_rest(&container)
+}
+
+fn orphaned_input() -> Result {
+    let mut client = half_typed(&["--fifo-dir", &pipes()?])?;
+    eventually("it runs", || Ok(status("typed").is_ok_and(|status| status == "RUNNING")))?;
+    let container = Container::of("typed");
+    has_read(&container)?;
+    client.kill()?;
+    client.wait()?;
+    type_the_rest(&container)
+}
+
+fn lasting_input() -> Result {
+    expect_code(&ended(half_typed(&["--detach"])?)?, 0)?;
+    ctr::kill()?;
+    ctr::start()?;
+    type_the_rest(&Container::of("typed"))
 }
 
 fn nowhere() -> Result {
