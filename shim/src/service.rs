@@ -50,10 +50,10 @@ impl Task for TaskService {
         let process = task.process(&request.exec_id)?;
         let state = process.state();
         let exit = state.exit();
-        // What runs in a frozen container is frozen with it.
-        let shown = match (state, task.init.state()) {
-            (State::Running, frozen @ (State::Pausing | State::Paused)) => frozen,
-            (state, _) => state,
+        // All that a frozen container has is shown as frozen with it, be it created or stopped: so does runc's shim.
+        let shown = match task.init.state() {
+            frozen @ (State::Pausing | State::Paused) => frozen,
+            _ => state,
         };
         // An exec that has not been started has no process yet.
         let has_process = process.id.exec_id.is_empty() || state != State::Created;

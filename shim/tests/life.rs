@@ -216,20 +216,27 @@ async fn a_container_is_frozen_measured_and_given_other_limits() {
 }
 
 #[tokio::test]
-async fn an_exec_in_a_frozen_container_is_shown_as_frozen() {
+async fn all_execs_of_a_frozen_container_are_shown_as_frozen() {
     let host = Host::new().await;
     let shim = host.running("web", &["/bin/sleep", "600"]).await;
-    for exec_id in ["runs", "waits"] {
-        shim.exec(&shim.exec_request(exec_id, &["/bin/sleep", "600"])).await.unwrap();
+    for (exec_id, program) in [("runs", "/bin/sleep"), ("waits", "/bin/sleep"), ("ended", "/bin/true")] {
+        shim.exec(&shim.exec_request(exec_id, &[program, "600"])).await.unwrap();
     }
-    shim.start("runs").await.unwrap();
+    for exec_id in ["runs", "ended"] {
+        shim.start(exec_id).await.unwrap();
+    }
+    assert_eq!(shim.wait("ended").await.unwrap(), 0);
     let pause = api::PauseRequest { id: "web".into(), ..Default::default() };
     answer(shim.client.pause(ctx(), &pause).await).unwrap();
-    assert_eq!(shim.status("runs").await, Status::PAUSED);
-    assert_eq!(shim.status("waits").await, Status::CREATED);
+    for exec_id in ["", "runs", "waits", "ended"] {
+        assert_eq!(shim.status(exec_id).await, Status::PAUSED, "{exec_id}");
+    }
+    // How it ended is told all the same, and it can be deleted.
+    shim.delete("ended").await.unwrap();
     let resume = api::ResumeRequest { id: "web".into(), ..Default::default() };
     answer(shim.client.resume(ctx(), &resume).await).unwrap();
     assert_eq!(shim.status("runs").await, Status::RUNNING);
+    assert_eq!(shim.status("waits").await, Status::CREATED);
     shim.kill("", SIGKILL).await.unwrap();
     shim.wait("").await.unwrap();
     shim.finish(&host).await;

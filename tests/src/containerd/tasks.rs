@@ -2,10 +2,11 @@
 
 use std::fs::read_link;
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::Stdio;
 
 use bulkhead_tests::bulkhead::{eventually, expect_code, stderr, stdout};
-use bulkhead_tests::ctr::{ctr, in_background, metrics, status, tasks};
+use bulkhead_tests::ctr::{Status, ctr, in_background, metrics, status, tasks};
 use bulkhead_tests::terminal::Terminal;
 use bulkhead_tests::vm::{Result, ensure};
 use libtest_mimic::Trial;
@@ -21,6 +22,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         trial("kill: KILL makes 137, and the task is stopped until it is deleted", killed),
         trial("attach: what the command writes appears, and detaching leaves it alone", attach),
         trial("pause: a paused container does nothing, and goes on when it is resumed", paused),
+        trial("pause: all processes of a paused container are shown as paused", shown_as_paused),
         trial("ps: the task's process is one of the host, in the container's network", processes),
         trial("metrics: memory, processes and CPU time are those of the container", numbers),
         trial("delete: a running task is not deleted, and by force it is", deleted),
@@ -145,6 +147,32 @@ fn paused() -> Result {
     expect_code(&container.task("resume", &[]).output()?, 0)?;
     eventually("it ticks again", || Ok(ticks() > after))?;
     ensure(status("ticking")? == "RUNNING", || "it is not said to be running".to_owned())?;
+    container.end()
+}
+
+fn shown_as_paused() -> Result {
+    let container = in_background("host", &[], &["sleep", "1000"])?;
+    let shim = container.shim()?;
+    for (exec, program) in [("added", "sleep"), ("running", "sleep"), ("stopped", "false")] {
+        shim.exec("host", exec, &[program, "1000"], Path::new(""))?;
+    }
+    shim.start("host", "running")?;
+    shim.start("host", "stopped")?;
+    let code = shim.wait("host", "stopped")?;
+    ensure(code == 1, || format!("exit code {code}"))?;
+    let states = || -> Result<Vec<Status>> {
+        let states = ["", "added", "running", "stopped"].map(|exec| shim.state("host", exec));
+        states.into_iter().map(|state| Ok(state?.status.enum_value_or_default())).collect()
+    };
+    shim.pause("host")?;
+    let paused = states()?;
+    expect_code(&container.task("resume", &[]).output()?, 0)?;
+    let resumed = states()?;
+    ensure(paused == [Status::PAUSED; 4], || format!("{paused:?}"))?;
+    let expected = [Status::RUNNING, Status::CREATED, Status::RUNNING, Status::STOPPED];
+    ensure(resumed == expected, || format!("{resumed:?}"))?;
+    shim.delete("host", "added")?;
+    shim.delete("host", "stopped")?;
     container.end()
 }
 

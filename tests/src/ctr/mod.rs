@@ -20,4 +20,4 @@ pub use daemon::{
 pub use events::Events;
 pub use fifo::{Reader, make};
 pub use residue::{Before, descriptors, processes_called};
-pub use shim::{CallResult, Code, Shim};
+pub use shim::{CallResult, Code, Shim, Status};

@@ -18,6 +18,7 @@ use serde::Deserialize;
 use super::task_directory;
 use crate::vm::{Result, ensure};
 
+pub use containerd_shim_protos::api::Status;
 pub use ttrpc::Code;
 
 /// The outcome of a call without an answer.
