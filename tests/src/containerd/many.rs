@@ -1,7 +1,9 @@
 //! Many containers, at once and one after the other.
 
 use bulkhead_tests::bulkhead::{expect_code, stdout};
-use bulkhead_tests::ctr::{Before, ctr, daemon_pid, descriptors, in_background, run, run_command};
+use bulkhead_tests::ctr::{
+    Before, Container, ctr, daemon_pid, descriptors, in_background, run, run_command, tasks,
+};
 use bulkhead_tests::vm::{Result, ensure};
 use libtest_mimic::Trial;
 
@@ -17,6 +19,7 @@ const SLACK: usize = 4;
 pub(crate) fn tests() -> Vec<Trial> {
     vec![
         trial("many: twenty containers are created and deleted at once", together),
+        trial("many: twenty containers live at once, and each answers for itself", alive_together),
         soak("many: after two hundred containers everything is as before", cycles),
     ]
 }
@@ -40,6 +43,26 @@ fn together() -> Result {
         .filter_map(|thread| thread.join().unwrap_or_else(|_| Err("a thread panicked".to_owned())).err())
         .collect();
     ensure(failures.is_empty(), || format!("{} of {TOGETHER} failed: {failures:?}", failures.len()))
+}
+
+fn alive_together() -> Result {
+    let containers = (0..TOGETHER)
+        .map(|number| {
+            in_background(
+                &format!("alive-{number}"),
+                &["--env", &format!("NUMBER={number}")],
+                &["sleep", "1000"],
+            )
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let known = tasks()?;
+    let running = known.values().filter(|(_, state)| state == "RUNNING").count();
+    ensure(running == TOGETHER && known.len() == TOGETHER, || format!("{known:?}"))?;
+    for (number, container) in containers.iter().enumerate() {
+        let output = container.exec(&["sh", "-c", "echo $NUMBER; pidof sleep"])?;
+        ensure(stdout(&output) == format!("{number}\n1\n"), || format!("{}: {output:?}", container.id()))?;
+    }
+    containers.iter().try_for_each(Container::end)
 }
 
 fn cycles() -> Result {
