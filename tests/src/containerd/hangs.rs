@@ -31,6 +31,7 @@ pub(crate) fn tests() -> Vec<Trial> {
             "hangs: calls into a guest whose agent hangs end in time, and so does the container",
             agent_hangs,
         ),
+        trial("hangs: a pause that is answered too late is taken back", late_pause),
         trial("hangs: a container whose agent hangs is deleted by force", deleted_by_force),
         trial("hangs: a task whose process is stopped on the host is killed and deleted", stopped),
         trial("hangs: a task whose process is stopped before it starts is killed and deleted", stopped_early),
@@ -134,6 +135,25 @@ fn deleted_by_force() -> Result {
     let (started, _) = start.join().map_err(|_| "a thread panicked")??;
     ensure(started.is_err(), || "the exec was started".to_owned())?;
     expect_code(&ctr(["container", "delete", "hung"]).output()?, 0)
+}
+
+/// The guest hears of the pause when nobody waits for it any more.
+fn late_pause() -> Result {
+    if is_runc() {
+        // It waits for as long as it takes.
+        return Ok(());
+    }
+    let container = in_background("late", &[], &["sleep", "1000"])?;
+    let machine = tasks()?.remove("late").ok_or("no task")?.0;
+    stop(machine)?;
+    let pause = timed("late", Shim::pause);
+    let paused = expect_deadline("pause", pause, CALL);
+    kill(Pid::from_raw(i32::try_from(machine)?), Signal::SIGCONT)?;
+    paused?;
+    ensure(status("late")? == "RUNNING", || "it is not said to run".to_owned())?;
+    // Nobody else resumes it.
+    eventually("it goes on", || Ok(container.exec(&["true"])?.status.success()))?;
+    container.end()
 }
 
 fn stop(pid: u32) -> Result {
