@@ -4,7 +4,7 @@ use std::io::Write;
 use std::process::{Command, Stdio};
 
 use bulkhead_tests::bulkhead::{eventually, expect_code, stderr, stdout};
-use bulkhead_tests::ctr::{Events, in_background, run, run_command, spawn, tasks};
+use bulkhead_tests::ctr::{Events, NAMESPACE, in_background, is_runc, run, run_command, spawn, tasks};
 use bulkhead_tests::terminal::Terminal;
 use bulkhead_tests::vm::{Result, ensure};
 use libtest_mimic::Trial;
@@ -12,6 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
+use crate::roots::Loop;
 use crate::trial;
 
 pub(crate) fn tests() -> Vec<Trial> {
@@ -27,6 +28,10 @@ pub(crate) fn tests() -> Vec<Trial> {
         trial("options: the task's process is in the network namespace that is given", network_namespace),
         trial("limits: a device that is not allowed cannot be opened", devices),
         trial("limits: a container beyond its memory is killed, and containerd is told why", memory),
+        trial(
+            "limits: that of a disk is one of the container's group, and a weight holds or is an error",
+            disks,
+        ),
         trial("limits: a share of a CPU is a quota of the container's group", cpus),
     ]
 }
@@ -167,6 +172,32 @@ fn memory() -> Result {
     let seen = events.until("/tasks/delete")?;
     let told: Vec<_> = seen.iter().filter(|(topic, _)| topic == "/tasks/oom").collect();
     ensure(!told.is_empty() && told[0].1["container_id"] == "once", || format!("{seen:?}"))
+}
+
+fn disks() -> Result {
+    let directory = tempfile::tempdir()?;
+    let image = directory.path().join("image");
+    std::fs::File::create(&image)?.set_len(1 << 20)?;
+    let disk = Loop::new(&image)?;
+    let classes = directory.path().join("classes");
+    let text = format!(
+        "Classes:\n  slow:\n  - Devices: [{}]\n    ThrottleReadBps: 1M\n  light:\n  - Weight: 80\n",
+        disk.name()
+    );
+    std::fs::write(&classes, text)?;
+    let classes = classes.to_str().ok_or("a temporary directory")?;
+    let options = |class| ["--blockio-config-file", classes, "--blockio-class", class];
+    let container = in_background("slow", &options("slow"), &["sleep", "1000"])?;
+    let limit = std::fs::read_to_string(format!("/sys/fs/cgroup/{NAMESPACE}/slow/io.max"))?;
+    container.end()?;
+    ensure(limit.contains("rbps=1000000"), || format!("{limit:?}"))?;
+    // That of one container among others, which the guest's kernel cannot keep.
+    let output = run(&options("light"), &["true"])?;
+    if is_runc() {
+        return expect_code(&output, 0);
+    }
+    expect_code(&output, 1)?;
+    ensure(stderr(&output).contains("blockIO.weight cannot be enforced"), || format!("{output:?}"))
 }
 
 fn cpus() -> Result {

@@ -102,12 +102,17 @@ fn directory() -> Result {
 }
 
 /// A loop device, which goes with it.
-struct Loop(String);
+pub(crate) struct Loop(String);
 
 impl Loop {
-    fn new(file: &Path) -> Result<Self> {
+    pub(crate) fn new(file: &Path) -> Result<Self> {
         let made = tool(Command::new("losetup").args(["--find", "--show"]).arg(file))?;
         Ok(Self(String::from_utf8(made)?.trim().to_owned()))
+    }
+
+    /// Its file in `/dev`.
+    pub(crate) fn name(&self) -> &str {
+        &self.0
     }
 }
 
@@ -131,7 +136,11 @@ fn block_device() -> Result {
     for times in 1..=2 {
         let shim = bundle.start_shim()?;
         let mut request = bundle.request();
-        request.rootfs.push(Mount { type_: "ext4".into(), source: disk.0.clone(), ..Mount::default() });
+        request.rootfs.push(Mount {
+            type_: "ext4".into(),
+            source: disk.name().to_owned(),
+            ..Mount::default()
+        });
         shim.create(&request).map_err(|error| format!("create: {error}; {}", bundle.log()))?;
         shim.start("disk", "")?;
         let code = shim.wait("disk", "")?;
