@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use crate::attributes::Attributes;
 
 /// What statfs(2) says of file systems through which a kernel is looked at and steered (linux/magic.h), and their names.
-const KERNEL_MAGIC: [(i64, &str); 14] = [
+const KERNEL_MAGIC: [(i64, &str); 20] = [
     (0x9fa0, "proc"),
     (0x6265_6572, "sysfs"),
     (0x0027_e0eb, "cgroup"),
@@ -25,6 +25,12 @@ const KERNEL_MAGIC: [(i64, &str); 14] = [
     (0xde5e_81e4, "efivarfs"),
     (0x1cd1, "devpts"),
     (0x1980_0202, "mqueue"),
+    (0x6573_5543, "fusectl"),
+    (0x6759_6969, "rpc_pipefs"),
+    (0x6e73_6673, "nsfs"),
+    (0x4249_4e4d, "binfmt_misc"),
+    (0x0765_5821, "resctrl"),
+    (0x6e66_7364, "nfsd"),
 ];
 
 /// The name of a file system through which the host's kernel is looked at and steered, by the number that statfs(2) gives for it. None

@@ -40,6 +40,8 @@ pub struct Node {
     pub content: Option<Box<Content>>,
     /// When it was made, as far as its time of modification tells, if it is a symbolic link: the guest keeps where the link of a node leads.
     made: Option<Duration>,
+    /// It is mounted here, and nothing of it is the guest's but that it is there.
+    pub(crate) closed: bool,
     /// Its descriptor.
     pub(crate) slot: Option<Slot>,
     /// How often the guest has looked it up and not forgotten it.
@@ -131,6 +133,7 @@ impl Nodes {
             kind: found.kind(),
             content: None,
             made: made(found),
+            closed: false,
             slot: None,
             lookups: 1,
             children: 0,

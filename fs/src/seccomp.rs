@@ -80,7 +80,7 @@ const CALLS: &[Call] = &[
     any(SYS_exit_group),
 ];
 
-/// Confines the process, which must have one thread and no_new_privs.
+/// Confines the calling thread. The process must have no_new_privs.
 ///
 /// # Errors
 /// [`SeccompError`]; nothing of the guest may be read then.

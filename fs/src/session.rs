@@ -194,10 +194,13 @@ impl Session {
     /// A node with its descriptor.
     ///
     /// # Errors
-    /// EROFS for the root directory, in which nothing can be done that needs one; ESTALE, and those of opening it.
+    /// EROFS for the root directory, in which nothing can be done that needs one; EACCES for what is closed; ESTALE, and those of opening it.
     pub(crate) fn at(&mut self, node: u64) -> Result<At, Errno> {
         if node == ROOT {
             return Err(Errno::ROFS);
+        }
+        if self.nodes.get(node)?.closed {
+            return Err(Errno::ACCESS);
         }
         let descriptor = self.descriptor(node)?;
         self.at_open(node, &descriptor)

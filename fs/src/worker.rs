@@ -4,11 +4,11 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Barrier, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use bulkhead_vmm::seccomp::keep_malloc_from_files;
-use rustix::fs::{FallocateFlags, copy_file_range, fallocate, fdatasync, fsync, syncfs};
+use rustix::fs::{FallocateFlags, OFlags, copy_file_range, fallocate, fdatasync, fsync, syncfs};
 use rustix::io::{Errno, write};
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, recv, socketpair};
 
@@ -28,8 +28,8 @@ const STACK: usize = 256 << 10;
 pub enum Work {
     /// FSYNC, FSYNCDIR: of the data alone, or of all.
     Sync(Arc<OwnedFd>, bool),
-    /// SYNCFS: the file systems of these.
-    SyncFileSystems(Vec<OwnedFd>),
+    /// SYNCFS: the file systems of these files and directories, which are opened again one by one.
+    SyncFileSystems(Vec<Arc<OwnedFd>>, OwnDescriptors),
     /// FALLOCATE
     Allocate {
         /// The file.
@@ -63,7 +63,9 @@ impl Work {
         match self {
             Self::Sync(file, true) => fdatasync(&*file)?,
             Self::Sync(file, false) => fsync(&*file)?,
-            Self::SyncFileSystems(files) => files.iter().try_for_each(syncfs)?,
+            Self::SyncFileSystems(files, own) => {
+                files.iter().try_for_each(|file| syncfs(own.reopen(&**file, OFlags::RDONLY)?))?;
+            }
             Self::Allocate { file, mode, offset, length, own } => {
                 fallocate(&*file, mode, offset, length)?;
                 own.clear_set_id(&*file)?;
@@ -120,7 +122,7 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Starts the thread, which confines itself before it does anything. It ends with the process. Call this before the process is
+    /// Starts the thread, which has confined itself when this returns. It ends with the process. Call this before the first thread is
     /// confined, when nothing can be started any more.
     ///
     /// # Errors
@@ -130,11 +132,14 @@ impl Worker {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let (done, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
         let common = Arc::new(Common { queues: Mutex::default(), given: Condvar::new(), done: theirs });
-        let shared = Arc::clone(&common);
+        let (shared, confined) = (Arc::clone(&common), Arc::new(Barrier::new(2)));
+        let waits = Arc::clone(&confined);
         thread::Builder::new().name("disks".into()).stack_size(STACK).spawn(move || {
             lock_down().expect("the kernel takes the filter, as it does that of the first thread");
+            waits.wait();
             shared.work()
         })?;
+        confined.wait();
         Ok(Self { common, done })
     }
 

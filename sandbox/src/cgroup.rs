@@ -124,7 +124,10 @@ impl SandboxCgroup {
     /// [`CgroupError::Write`] when the kernel refuses, for one because the host has no such CPU or disk.
     pub fn place(&self, resources: &LinuxResources) -> Result<(), CgroupError> {
         for (file, value) in resources.block_io().iter().flat_map(disks) {
-            self.write(file, &value)?;
+            // Weights are only for disks whose scheduler has them (iocost). Without one there is no such file.
+            if file != "io.weight" || self.directory.join(file).exists() {
+                self.write(file, &value)?;
+            }
         }
         let Some(cpu) = resources.cpu() else { return Ok(()) };
         if let Some(shares) = cpu.shares().filter(|shares| *shares > 0) {
@@ -268,7 +271,7 @@ fn systemd(path: &str) -> Option<PathBuf> {
 }
 
 /// What limits the use of disks: each file of the group's, and what is written to it.
-fn disks(block: &LinuxBlockIo) -> Vec<(&'static str, String)> {
+pub(crate) fn disks(block: &LinuxBlockIo) -> Vec<(&'static str, String)> {
     let weights = block.weight_device().iter().flatten().filter_map(|device| {
         // The scales begin with 10 and 1 and end with 1000 and 10000.
         let weight =

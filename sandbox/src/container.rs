@@ -2,7 +2,6 @@
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::Arc;
 
 use bulkhead_fs::control::ShareKind;
 use bulkhead_protocol::agent::{CreateContainerRequest, Rootfs, Stdio};
@@ -80,7 +79,11 @@ impl Prepared {
             handover::refuse_hooks(&spec)?;
             handover::refuse_disks(&spec)?;
             request.shared_namespaces = handover::take_namespaces(&mut spec, first.as_deref())?;
-            handover::translate_limits(&mut spec, size.cpus)?;
+            if handover::translate_limits(&mut spec, size.cpus)? && first.is_some() {
+                tracing::warn!(
+                    "the limits of disks of container {id} have no effect: its virtual machine has those of the pod's first container"
+                );
+            }
             let directory = spec.root().as_ref().map(|root| bundle.join(root.path()));
             let root = opened.map_or_else(|| handover::root(&mounts, directory.as_deref()), Ok)?;
             let binds = binds::take(&mut spec, &bundle)?;
@@ -136,22 +139,18 @@ impl Plan {
             Root::Share(mount) => {
                 let name = format!("{}.root", request.container_id);
                 let rootfs = Rootfs { share: name.clone(), ..Default::default() };
-                let shared = Shared { name, read_only: false, served: Arc::default() };
-                root_share = Some((mount, shared, ShareKind::Root));
+                root_share = Some((mount, Shared::new(name, false), ShareKind::Root));
                 Storage { disks: Vec::new(), rootfs }
             }
         };
         request.rootfs = Some(rootfs).into();
-        // Last of all, since nothing gives them back that have been taken for a plan that fails.
         let id = &request.container_id;
         let read_only = spec.root().as_ref().is_some_and(|root| root.readonly() == Some(true));
         let protected = root_share.as_ref().filter(|_| read_only).map(|(_, shared, _)| shared.name.clone());
         let mut shares = Vec::from_iter(root_share);
-        shares.extend(binds.into_iter().map(|bind| {
-            let share = shared.take(id, &bind);
-            bind.name(&mut spec, &share.name);
-            (bind.mount, share, ShareKind::Bind)
-        }));
+        let taken = binds.into_iter().filter_map(|bind| shared.take(id, &mut spec, bind));
+        shares.extend(taken.map(|(mount, shared)| (mount, shared, ShareKind::Bind)));
+        // What was taken would not be given back: it cannot fail, since it was JSON before.
         request.spec = serde_json::to_vec(&spec)?;
         Ok(Self { request, disks, shares, protected })
     }
@@ -168,8 +167,8 @@ impl Plan {
 
     /// Has a file server show its shares to the guest.
     pub(crate) async fn serve(&self, server: &FileServer) -> Result<(), PodError> {
-        for (mount, Shared { name, read_only, served }, kind) in &self.shares {
-            served.get_or_try_init(|| server.add(name, mount, *kind, *read_only)).await?;
+        for (mount, shared, kind) in &self.shares {
+            shared.serve(server, mount, *kind).await?;
         }
         Ok(())
     }

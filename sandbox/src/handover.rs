@@ -239,24 +239,27 @@ pub fn take_namespaces(spec: &mut Spec, first: Option<&str>) -> Result<Vec<Share
 }
 
 /// Makes limits that speak of the host speak of the machine, which has `cpus`: a container that is bound to three CPUs of the host is bound to
-/// three of the machine's. Memory nodes and disks are the host's business, where the machine's cgroup has them.
+/// three of the machine's. Memory nodes and disks are the host's business, where the machine's cgroup has them. True when there are limits
+/// of disks.
 ///
 /// # Errors
 /// [`HandoverError::Cpus`].
-pub fn translate_limits(spec: &mut Spec, cpus: u8) -> Result<(), HandoverError> {
+pub fn translate_limits(spec: &mut Spec, cpus: u8) -> Result<bool, HandoverError> {
     let resources = spec.linux_mut().as_mut().and_then(|linux| linux.resources_mut().as_mut());
-    let Some(resources) = resources else { return Ok(()) };
+    let Some(resources) = resources else { return Ok(false) };
+    let mut has_disks = false;
     if let Some(block) = resources.block_io_mut() {
+        has_disks = !crate::cgroup::disks(block).is_empty();
         block.set_weight_device(None).set_throttle_read_bps_device(None).set_throttle_write_bps_device(None);
         block.set_throttle_read_iops_device(None).set_throttle_write_iops_device(None);
     }
-    let Some(cpu) = resources.cpu_mut() else { return Ok(()) };
+    let Some(cpu) = resources.cpu_mut() else { return Ok(has_disks) };
     if let Some(list) = cpu.cpus().clone().filter(|list| !list.is_empty()) {
         let count = cpu_count(&list).ok_or_else(|| HandoverError::Cpus(list.chars().take(64).collect()))?;
         cpu.set_cpus(Some(format!("0-{}", count.clamp(1, cpus.max(1).into()) - 1)));
     }
     cpu.set_mems(None);
-    Ok(())
+    Ok(has_disks)
 }
 
 /// Makes sure that no disk of the host is asked for: in the guest its numbers would be those of another disk.

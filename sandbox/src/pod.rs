@@ -365,7 +365,11 @@ impl Pod {
             self.sandbox.plug(&self.agent, *slot, disk).await?;
         }
         self.agent.create_container(&plan.request).await?;
-        self.protect(plan).await
+        let protected = self.protect(plan).await;
+        if protected.is_err() {
+            let _ = self.agent.remove_container(&plan.request.container_id).await;
+        }
+        protected
     }
 
     /// From here on nothing of the guest's may change a root that its container may not: mount points have been made in it.
@@ -454,13 +458,14 @@ impl Pod {
     async fn release(&self, id: &str) {
         let Some(mut holdings) = locked(&self.containers).remove(id) else { return };
         let plugged = holdings.give_back_planned(&mut locked(&self.slots));
+        // At once, whatever becomes of the rest: other containers have some of these, too.
+        holdings.shares.retain(|share| locked(&self.shared).give_back(share));
         for slot in plugged {
             match self.sandbox.unplug(&self.agent, slot).await {
                 Ok(()) => locked(&self.slots).give_back(slot),
                 Err(error) => tracing::warn!("cannot unplug slot {slot} of container {id}: {error}"),
             }
         }
-        holdings.shares.retain(|share| locked(&self.shared).give_back(share));
         for share in holdings.shares {
             if let Some(server) = self.file_server.get()
                 && let Err(error) = server.remove(&share).await

@@ -1,8 +1,8 @@
 //! What a worker does to a container: create it, join a process to it, remove it.
 //!
 //! [`spec`] makes the configuration fit with [`mounts`] and [`namespaces`], [`rootfs`] mounts the root, which may be one of
-//! [`shares`], as bind mounts are unless they are [`memory`], [`user`] finds out who the process is, [`program`] becomes its program; between the last two, libcontainer makes
-//! and enters the namespaces and filters.
+//! [`shares`], as bind mounts are unless they are [`memory`], [`user`] finds out who the process is, [`program`] becomes its
+//! program; between the last two, libcontainer makes and enters the namespaces and filters.
 
 mod launch;
 mod memory;

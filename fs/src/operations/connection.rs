@@ -1,9 +1,9 @@
 //! What concerns the whole connection or a file system of the host: INIT, STATFS, SYNCFS.
 
 use std::collections::BTreeSet;
-use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
-use rustix::fs::{FileType, OFlags, fstatvfs};
+use rustix::fs::{FileType, fstatvfs};
 use rustix::io::Errno;
 
 use super::Result;
@@ -78,10 +78,12 @@ pub(super) fn stat_file_system(session: &mut Session, header: &InHeader, _: Read
 
 /// SYNCFS: the file systems of all shares, or of a submount.
 pub(super) fn sync_file_system(session: &mut Session, header: &InHeader, _: Reader<'_>) -> Result<Writer> {
+    // What else there is has no file system that could be written out by it.
+    let is_opened = |kind| matches!(kind, FileType::Directory | FileType::RegularFile);
     let mut files = Vec::new();
     if header.node != ROOT {
         let at = session.at(header.node)?;
-        files.extend(reopen(session, &*at.descriptor, at.file_type)?);
+        files.extend(Some(at.descriptor).filter(|_| is_opened(at.file_type)));
     }
     let (mut done, mut share) = (BTreeSet::new(), 0);
     while header.node == ROOT
@@ -89,20 +91,10 @@ pub(super) fn sync_file_system(session: &mut Session, header: &InHeader, _: Read
     {
         share = next;
         let attributes = Attributes::of(&*found.root)?;
-        if !found.read_only && done.insert(attributes.device()) {
-            files.extend(reopen(session, &*found.root, attributes.kind())?);
+        if !found.read_only && is_opened(attributes.kind()) && done.insert(attributes.device()) {
+            files.push(Arc::clone(&found.root));
         }
     }
-    session.work = Some(Work::SyncFileSystems(files));
+    session.work = Some(Work::SyncFileSystems(files, session.own));
     Ok(Writer::reply())
-}
-
-/// Something of a file system that it can be named by, if there is something to write out.
-fn reopen(session: &Session, descriptor: impl AsFd, file_type: FileType) -> Result<Option<OwnedFd>> {
-    match file_type {
-        FileType::Directory | FileType::RegularFile => {
-            session.own.reopen(descriptor, OFlags::RDONLY).map(Some)
-        }
-        _ => Ok(None),
-    }
 }

@@ -45,10 +45,8 @@ pub(super) fn lookup(session: &mut Session, header: &InHeader, mut body: Reader<
     Ok(reply)
 }
 
-/// Has the guest know what was found in a directory: `fuse_entry_out`. Gives the node.
-///
-/// # Errors
-/// EACCES for what the host's kernel says of itself, which may be mounted below a share.
+/// Has the guest know what was found in a directory: `fuse_entry_out`. Gives the node. What the host's kernel says of itself, which may be
+/// mounted below a share, is there to be passed over or covered, but closed.
 pub(super) fn write_entry(
     session: &mut Session,
     at: &At,
@@ -56,13 +54,14 @@ pub(super) fn write_entry(
     found: &Attributes,
     to: &mut Writer,
 ) -> Result<u64> {
-    if found.identity().mount != at.identity.mount {
+    let closed = found.identity().mount != at.identity.mount && {
         let mounted = open_in(&*at.descriptor, name, OFlags::PATH, 0)?;
-        if kernel_file_system(fstatfs(&mounted)?.f_type).is_some() {
-            return Err(Errno::ACCESS);
-        }
-    }
+        kernel_file_system(fstatfs(&mounted)?.f_type).is_some()
+    };
     let id = session.nodes.enter(at.share, at.node, name, found)?;
+    if closed && let Some(node) = session.nodes.get_mut(id) {
+        node.closed = true;
+    }
     let flags = submount(session, found, at.identity.device);
     to.u64(id).u64(0);
     write_timeouts(to, at.kind.timeout(), at.kind.timeout());

@@ -231,7 +231,7 @@ impl Frozen {
         if !run("mkfs.ext4", &[Path::new("-q"), &image])
             || !run("mount", &[Path::new("-o"), Path::new("loop"), &image, &root])
         {
-            println!("skipped: no loop devices");
+            println!("skipped: no loop devices, or no mkfs.ext4");
             return None;
         }
         let root = fs::File::open(root).unwrap();

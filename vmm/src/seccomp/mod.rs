@@ -83,8 +83,8 @@ pub fn lock_down() -> Result<(), SeccompError> {
     install(&control)
 }
 
-/// Confines the calling thread, which must be the only one of another program than the VMM, to the calls in `tables`. The process
-/// must have no_new_privs.
+/// Confines the calling thread of another program than the VMM, and all that it makes, to the calls in `tables`. The process must have
+/// no_new_privs.
 ///
 /// # Errors
 /// [`SeccompError`]; nothing of anybody's may be read then.
