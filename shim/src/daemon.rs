@@ -10,7 +10,6 @@ use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, fstat, open, stat};
 use rustix::io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd};
 use rustix::process::{getppid, setsid};
@@ -25,10 +24,10 @@ const LOCK: &str = "shim";
 /// Name of the file that whoever starts a shim, or cleans up after one, has locked meanwhile.
 const TURN: &str = "turn";
 
-/// How long a shim that ends may take before another one is started in its place, in seconds: containerd waits longer for a start.
-const END_TIMEOUT_S: i64 = 4;
-/// How long is waited before a turn is tried again: a lock that is waited for until a deadline has no event.
-const TURN_PAUSE: Duration = Duration::from_millis(5);
+/// How long a shim that ends may take before another one is started in its place: containerd waits longer for a start.
+const END_TIMEOUT: Duration = Duration::from_secs(4);
+/// How long is waited before a lock is tried again: one that is waited for until a deadline has no event.
+const TURN_PAUSE: Duration = Duration::from_millis(2);
 
 /// Why there is no process.
 #[derive(Debug, thiserror::Error)]
@@ -70,7 +69,7 @@ pub(crate) fn turn_until(directory: &Path, deadline: Instant) -> Result<Option<O
 }
 
 /// The same, and nothing when it is somebody else's turn.
-pub(crate) fn try_turn(directory: &Path) -> Result<Option<OwnedFd>, DaemonError> {
+fn try_turn(directory: &Path) -> Result<Option<OwnedFd>, DaemonError> {
     take_turn(directory, FlockOperation::NonBlockingLockExclusive)
 }
 
@@ -105,6 +104,17 @@ pub(crate) enum Life {
     Gone(OwnedFd),
 }
 
+/// Waits until the shim of a directory lives no longer, or for the deadline.
+pub(crate) fn wait_for_end(directory: &Path, deadline: Instant) -> Result<Life, DaemonError> {
+    loop {
+        let life = life(directory)?;
+        if matches!(life, Life::Gone(_)) || Instant::now() >= deadline {
+            return Ok(life);
+        }
+        sleep(TURN_PAUSE);
+    }
+}
+
 /// Looks whether the shim of a directory lives.
 pub(crate) fn life(directory: &Path) -> Result<Life, DaemonError> {
     let path = directory.join(LOCK);
@@ -117,26 +127,52 @@ pub(crate) fn life(directory: &Path) -> Result<Life, DaemonError> {
     }
 }
 
-/// Removes what a `start` that has failed has made, unless a shim lives there or somebody else is about to start one.
-pub(crate) fn abandon(address: &Address) {
+/// Removes what is left of a `start` that has failed or of a shim that has ended, unless a shim lives there, or it is somebody else's
+/// turn until the deadline.
+pub(crate) fn abandon(address: &Address, deadline: Instant) {
     let directory = &address.directory;
     // What cannot be removed is what the next `start` or `delete` finds.
-    match try_turn(directory) {
+    match turn_until(directory, deadline) {
         Ok(Some(_turn)) => {
             // Not made for the look: there may be no room for it.
             let is_gone = !directory.join(LOCK).exists() || matches!(life(directory), Ok(Life::Gone(_)));
             if is_gone {
                 let _ = fs::remove_file(&address.socket);
-                let _ = fs::remove_dir_all(directory);
+                let _ = remove_directory(directory);
             }
         }
-        Ok(None) => {}
+        Ok(None) | Err(DaemonError::Busy(_)) => {}
         // Where nobody can have a turn, nobody has had one, or it is not empty.
         Err(_) => {
             let _ = fs::remove_dir(directory.join(CONTAINERS));
             let _ = fs::remove_dir(directory);
         }
     }
+}
+
+/// Removes a pod's directory. It has another name first: whoever looks for a turn meanwhile must not make its file in half a directory.
+///
+/// # Errors
+/// When it cannot be removed.
+pub(crate) fn remove_directory(directory: &Path) -> io::Result<()> {
+    remove_rest(directory);
+    fs::rename(directory, half_removed(directory))?;
+    remove_rest(directory);
+    Ok(())
+}
+
+/// Removes what somebody else has begun to remove, and may not have come to the end of.
+pub(crate) fn remove_rest(directory: &Path) {
+    // Who had the directory open before it changed its name may still make a file in it, once.
+    for _ in 0..2 {
+        if fs::remove_dir_all(half_removed(directory)).is_ok() {
+            return;
+        }
+    }
+}
+
+fn half_removed(directory: &Path) -> PathBuf {
+    directory.with_extension("removed")
 }
 
 fn lock_file(path: &Path) -> rustix::io::Result<OwnedFd> {
@@ -153,19 +189,9 @@ pub(crate) fn spawn(
     listener: UnixListener,
     debug: bool,
 ) -> Result<(), DaemonError> {
-    let lock = match life(directory)? {
-        Life::Gone(lock) => lock,
-        // It does not listen any more, so it is about to end.
-        Life::Lives(shim) => {
-            if let Some(shim) = shim.and_then(Recorded::open) {
-                let patience = Timespec { tv_sec: END_TIMEOUT_S, tv_nsec: 0 };
-                let _ = poll(&mut [PollFd::new(&shim, PollFlags::IN)], Some(&patience));
-            }
-            match life(directory)? {
-                Life::Gone(lock) => lock,
-                Life::Lives(_) => return Err(DaemonError::Lives(directory.join(LOCK))),
-            }
-        }
+    // One that lives does not listen any more, so it is about to end.
+    let Life::Gone(lock) = wait_for_end(directory, Instant::now() + END_TIMEOUT)? else {
+        return Err(DaemonError::Lives(directory.join(LOCK)));
     };
     let listener = OwnedFd::from(listener);
     // By its own name, unless it has been replaced meanwhile: then it is the file that runs now.
@@ -282,13 +308,13 @@ mod tests {
         fs::create_dir_all(address.directory.join(CONTAINERS)).unwrap();
         fs::write(&address.socket, "").unwrap();
         let Life::Gone(lock) = life(&address.directory).unwrap() else { panic!("nobody lives there") };
-        abandon(&address);
+        abandon(&address, Instant::now());
         assert!(address.directory.exists() && address.socket.exists());
         drop(lock);
-        abandon(&address);
+        abandon(&address, Instant::now());
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
         // Nor does it make anything.
-        abandon(&address);
+        abandon(&address, Instant::now());
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
     }
 

@@ -66,6 +66,8 @@ pub(crate) fn delete(args: &Args) -> Result<DeleteResponse, DeleteError> {
     } else {
         Cleaned { pid: None, shim_is_gone: true }
     };
+    // A shim that was killed, or is about to end, may be in the middle of it.
+    daemon::remove_rest(&address.directory);
     if cleaned.shim_is_gone {
         // A shim that has ended by itself may have had no time for it.
         remove_cgroup(&bundle, deadline);
@@ -92,29 +94,25 @@ struct Cleaned {
 /// Cleans up a pod's directory, as far as the container goes.
 fn clean(address: &Address, id: &str, deadline: Instant) -> Result<Cleaned, DeleteError> {
     let directory = &address.directory;
-    let Some(_turn) = daemon::turn_until(directory, deadline)? else { return Ok(Cleaned::default()) };
+    let Some(turn) = daemon::turn_until(directory, deadline)? else { return Ok(Cleaned::default()) };
     let vmm = record::read(&directory.join(record::VMM));
     let pid = vmm.map(Recorded::pid);
     let mut life = daemon::life(directory)?;
+    let mut ending = None;
     if let Life::Lives(shim) = &life {
         let own = mark(directory, id).exists();
-        let gone = match (own, has_others(directory, id)) {
-            (false, true) => None,
+        ending = match (own, has_others(directory, id)) {
+            (false, true) => return Ok(Cleaned { pid, shim_is_gone: false }),
             (true, true) => {
                 ask(&address.socket, id, deadline);
-                None
+                return Ok(Cleaned { pid, shim_is_gone: false });
             }
             // Nothing is left for it but this container.
             (true, false) => shim.and_then(Recorded::kill),
             // It has been told to end, or will be used by the next container of its pod.
             (false, false) => shim.and_then(Recorded::open),
         };
-        match gone {
-            Some(gone) => wait(&gone, deadline),
-            None if own || has_others(directory, id) => return Ok(Cleaned { pid, shim_is_gone: false }),
-            None => {}
-        }
-        life = daemon::life(directory)?;
+        life = daemon::wait_for_end(directory, deadline)?;
     }
     let Life::Gone(_lock) = life else { return Ok(Cleaned { pid, shim_is_gone: false }) };
     // They end by themselves when the shim does, unless they hang.
@@ -123,15 +121,21 @@ fn clean(address: &Address, id: &str, deadline: Instant) -> Result<Cleaned, Dele
     for process in &gone {
         wait(process, deadline);
     }
-    for (path, removed) in
-        [(&address.socket, fs::remove_file(&address.socket)), (directory, fs::remove_dir_all(directory))]
-    {
+    for (path, removed) in [
+        (&address.socket, fs::remove_file(&address.socket)),
+        (directory, daemon::remove_directory(directory)),
+    ] {
         match removed {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(DeleteError::Remove(path.clone(), error));
             }
             _ => {}
         }
+    }
+    // It may have waited for its turn itself.
+    drop(turn);
+    if let Some(shim) = ending {
+        wait(&shim, deadline);
     }
     Ok(Cleaned { pid, shim_is_gone: true })
 }
@@ -209,5 +213,44 @@ mod tests {
         // What needs no waiting is done all the same.
         assert!(clean(&address, "web", over).unwrap().shim_is_gone);
         assert!(!address.directory.exists() && !address.socket.exists());
+    }
+
+    /// In a process of its own: what another test forks has copies of all locks until it runs its program.
+    #[test]
+    fn a_shim_and_a_delete_that_end_together_leave_nothing() {
+        let mut alone = Command::new(std::env::current_exe().unwrap());
+        alone.args(["--exact", "delete::tests::they_end_together", "--ignored"]);
+        let output = alone.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && said.contains("1 passed"), "{said}");
+    }
+
+    #[test]
+    #[ignore = "run by another test, in a process in which nothing else happens"]
+    fn they_end_together() {
+        let root = tempfile::tempdir().unwrap();
+        let address = Address { socket: root.path().join("socket"), directory: root.path().join("pod") };
+        for round in 0..400 {
+            fs::create_dir_all(address.directory.join(CONTAINERS)).unwrap();
+            let Life::Gone(lock) = daemon::life(&address.directory).unwrap() else {
+                panic!("nobody lives there")
+            };
+            let ending = {
+                let address = address.clone();
+                // As a shim does at its end.
+                std::thread::spawn(move || {
+                    std::thread::sleep(Duration::from_micros(round % 100 * 30));
+                    drop(lock);
+                    daemon::abandon(&address, Instant::now() + Duration::from_mins(1));
+                })
+            };
+            // It has little time to wait for the shim, which may be at any point of its end.
+            match clean(&address, "web", Instant::now() + Duration::from_millis(1)) {
+                Ok(_) | Err(DeleteError::Daemon(DaemonError::Busy(_))) => {}
+                Err(error) => panic!("{error}"),
+            }
+            ending.join().unwrap();
+            assert!(!address.directory.exists());
+        }
     }
 }

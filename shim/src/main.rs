@@ -76,9 +76,9 @@ fn main() -> ExitCode {
 
 fn serve(args: &Args, listener: i32, lock: i32) -> Result<Vec<u8>, Box<dyn Error>> {
     // First, before anything opens a descriptor that could be taken for one that was passed on.
-    let (listener, _lock) = daemon::take_over(listener, lock)?;
+    let (listener, lock) = daemon::take_over(listener, lock)?;
     log::to_fifo(&args.bundle, args.debug);
-    if let Err(error) = serve::serve(args, listener) {
+    if let Err(error) = serve::serve(args, listener, lock) {
         tracing::error!(%error, "the shim fails");
         return Err(error.into());
     }

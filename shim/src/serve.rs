@@ -3,6 +3,7 @@
 use std::env;
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -29,27 +30,31 @@ const EVENTS_PAUSE: Duration = Duration::from_secs(1);
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long a shim that ends waits for threads that wait for the kernel.
 const BLOCKING_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a shim that ends waits for its turn to clean up: longer than a `delete` takes.
+const TURN_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a shim that is terminated waits for the ends of its containers.
 const END_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Serves until containerd says that it is enough. `listener` and what locks the pod's directory have been inherited.
-pub(crate) fn serve(args: &Args, listener: UnixListener) -> io::Result<()> {
+/// Serves until containerd says that it is enough. `listener` and `lock`, by which others know that it lives, have been inherited.
+pub(crate) fn serve(args: &Args, listener: UnixListener, lock: OwnedFd) -> io::Result<()> {
     // One thread: containers are many, and what the shim has to do is little.
     let runtime = Builder::new_current_thread().enable_all().build()?;
-    let served = runtime.block_on(run(args, listener));
+    let served = runtime.block_on(run(args, listener, lock));
     // A write to a slow disk is not waited for, only what removes the cgroup of a machine whose making was given up.
     runtime.shutdown_timeout(BLOCKING_TIMEOUT);
     served
 }
 
-async fn run(args: &Args, listener: UnixListener) -> io::Result<()> {
-    let directory = Address::of(&args.address, &args.namespace, &args.id, None).directory;
-    let socket = listener.local_addr()?.as_pathname().map(PathBuf::from);
+async fn run(args: &Args, listener: UnixListener, lock: OwnedFd) -> io::Result<()> {
+    let mut address = Address::of(&args.address, &args.namespace, &args.id, None);
+    if let Some(socket) = listener.local_addr()?.as_pathname() {
+        socket.clone_into(&mut address.socket);
+    }
     let (publisher, queue) = Publisher::new();
     let events = env::var_os(EVENTS_VARIABLE).filter(|address| !address.is_empty()).map(PathBuf::from);
     let namespace = args.namespace.clone();
     tokio::spawn(forward(queue, Destination { socket: events, namespace, pause: EVENTS_PAUSE }));
-    let shim = Arc::new(Shim::new(args.namespace.clone(), directory.clone(), publisher.clone()));
+    let shim = Arc::new(Shim::new(args.namespace.clone(), address.directory.clone(), publisher.clone()));
 
     let listener = Listener::from(tokio::net::UnixListener::from_std(listener)?);
     let mut server = Server::new().add_listener(listener).register_service(services(&shim));
@@ -62,9 +67,7 @@ async fn run(args: &Args, listener: UnixListener) -> io::Result<()> {
         _ = int.recv() => end_all(&shim).await,
     }
     // Whoever comes from now on shall start another shim.
-    if let Some(socket) = socket {
-        let _ = fs::remove_file(socket);
-    }
+    let _ = fs::remove_file(&address.socket);
     if timeout(FLUSH_TIMEOUT, publisher.flush()).await.is_err() {
         tracing::warn!("the last events are lost: containerd does not take them");
     }
@@ -75,10 +78,10 @@ async fn run(args: &Args, listener: UnixListener) -> io::Result<()> {
         machine.end("its shim ends").await;
         machine.gone().await;
     }
-    // Another `start` or a `delete` that is at it does not find half a directory; it cleans up itself.
-    if let Ok(Some(_turn)) = daemon::try_turn(&directory) {
-        let _ = fs::remove_dir_all(&directory);
-    }
+    // To others it is gone from here on. A `start` or a `delete` whose turn it is goes on with the directory or removes it, or has looked
+    // before, and its turn ends soon.
+    drop(lock);
+    daemon::abandon(&address, std::time::Instant::now() + TURN_TIMEOUT);
     Ok(())
 }
 

@@ -7,6 +7,7 @@ use std::fs;
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use crate::address::{Address, AddressError};
 use crate::args::Args;
@@ -43,7 +44,7 @@ pub(crate) fn start(args: &Args) -> Result<String, StartError> {
     let ensured = ensure(args, &group, &bundle, &address, args.debug || bootstrap.debug);
     if ensured.is_err() {
         // containerd runs no `delete` after a `start` that has failed.
-        daemon::abandon(&address);
+        daemon::abandon(&address, Instant::now());
     }
     ensured.map(|()| bootstrap::reply(bootstrap.version, &address.url()))
 }
