@@ -1,18 +1,19 @@
 //! A FUSE driver, as small as it can be, and the owner of a server: the real binary, in its jail.
 
 use std::fs::File;
-use std::io::{IoSlice, IoSliceMut};
+use std::io::{IoSlice, IoSliceMut, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command};
+use std::sync::Once;
 use std::time::Duration;
 
 use bulkhead_fs::control::{Fd, FromOwner, Reply, Request, ShareKind};
 use bulkhead_fs::wire::{OUT_HEADER, Reader, Writer, opcode};
 use bulkhead_vmm::control::socket::ControlSocket;
-use rustix::fs::CWD;
+use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
 use rustix::io::FdFlags;
 use rustix::mount::{OpenTreeFlags, open_tree};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -63,8 +64,12 @@ pub(crate) type Result<T> = std::result::Result<T, i32>;
 impl Server {
     /// A server that serves, or nothing where it cannot have its jail.
     pub(crate) fn start(arguments: &[&str]) -> Option<Self> {
-        if !rustix::process::geteuid().is_root() {
-            println!("skipped: not root");
+        if let Some(why) = no_jail() {
+            static SAID: Once = Once::new();
+            // Past what holds back the output of tests that pass.
+            SAID.call_once(|| {
+                let _ = writeln!(std::io::stderr(), "skipped: the file server in its jail ({why})");
+            });
             return None;
         }
         let root = tempfile::tempdir().unwrap();
@@ -345,6 +350,17 @@ impl Server {
     pub(crate) fn forget(&mut self, node: u64, lookups: u64) {
         self.send(opcode::FORGET, node, &lookups.to_le_bytes());
     }
+}
+
+/// Why a server cannot have its jail here.
+fn no_jail() -> Option<&'static str> {
+    if !rustix::process::geteuid().is_root() {
+        return Some("not root");
+    }
+    // pivot_root(2) leaves no root that is not one.
+    let root = statx(CWD, "/", AtFlags::empty(), StatxFlags::empty()).unwrap();
+    let is_mount = root.stx_attributes.contains(StatxAttributes::MOUNT_ROOT);
+    (!is_mount).then_some("the root directory is no mount, as in a chroot")
 }
 
 /// Names, each with its NUL.
