@@ -127,6 +127,10 @@ pub(crate) fn is_mounted() -> Result<bool, Errno> {
 
 /// Has the kernel unmount what the host has taken back since: it looks for each share again, and lets go of what is not found.
 pub(super) fn let_go() {
+    // Most containers are the first of their guest.
+    if !is_mounted().unwrap_or(false) {
+        return;
+    }
     let Ok(mounts) = fs::read_to_string("/proc/self/mountinfo") else { return };
     for place in mounts.lines().filter_map(|mount| mount.split(' ').nth(4)) {
         if Path::new(place).parent() == Some(Path::new(DIRECTORY)) {

@@ -81,18 +81,19 @@ pub(super) fn sync_file_system(session: &mut Session, header: &InHeader, _: Read
     // What else there is has no file system that could be written out by it.
     let is_opened = |kind| matches!(kind, FileType::Directory | FileType::RegularFile);
     let mut files = Vec::new();
-    if header.node != ROOT {
+    if header.node == ROOT {
+        let (mut done, mut share) = (BTreeSet::new(), 0);
+        while let Some((next, found)) = session.shares.after(share) {
+            share = next;
+            let attributes = Attributes::of(&*found.root)?;
+            if !found.read_only && is_opened(attributes.kind()) && done.insert(attributes.device()) {
+                files.push(Arc::clone(&found.root));
+            }
+        }
+    } else {
         let at = session.at(header.node)?;
-        files.extend(Some(at.descriptor).filter(|_| is_opened(at.file_type)));
-    }
-    let (mut done, mut share) = (BTreeSet::new(), 0);
-    while header.node == ROOT
-        && let Some((next, found)) = session.shares.after(share)
-    {
-        share = next;
-        let attributes = Attributes::of(&*found.root)?;
-        if !found.read_only && is_opened(attributes.kind()) && done.insert(attributes.device()) {
-            files.push(Arc::clone(&found.root));
+        if is_opened(at.file_type) {
+            files.push(at.descriptor);
         }
     }
     session.work = Some(Work::SyncFileSystems(files, session.own));
