@@ -1,6 +1,7 @@
 //! The log: lines of logfmt on the fifo of the bundle, which containerd copies to its own log as they are.
 
 use std::fmt::{self, Write as _};
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
@@ -31,18 +32,32 @@ pub(crate) fn to_fifo(bundle: &Path, debug: bool) {
     let _ = tracing_subscriber::fmt()
         .with_max_level(level)
         .event_format(Logfmt)
-        .with_writer(std::io::stderr)
+        .with_writer(|| Lossy(io::stderr()))
         .try_init();
     std::panic::set_hook(Box::new(|info| tracing::error!("internal error, please report it: {info}")));
 }
 
-fn open_fifo(path: &Path) -> std::io::Result<OwnedFd> {
+/// A log that loses what it has no room for. An error would be told on standard error, where that panics when it is the same fifo.
+struct Lossy<W>(W);
+
+impl<W: Write> Write for Lossy<W> {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let _ = self.0.write_all(line);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn open_fifo(path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file = std::fs::File::from(open(path, flags, Mode::empty())?);
     if file.metadata()?.file_type().is_fifo() {
         Ok(file.into())
     } else {
-        Err(std::io::Error::other("the log is no fifo"))
+        Err(io::Error::other("the log is no fifo"))
     }
 }
 
@@ -104,7 +119,6 @@ fn quoted(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{self, Write};
     use std::sync::{Arc, Mutex};
 
     use super::*;
@@ -134,6 +148,18 @@ mod tests {
         let (time, rest) = text.split_once(' ').unwrap();
         assert!(time.starts_with("time=\"2") && time.ends_with("Z\""), "{time}");
         assert_eq!(rest, "level=warning msg=\"it \\\"happened\\\"\" id=a why=\"two\\nlines\" count=3\n");
+    }
+
+    #[test]
+    fn a_log_that_is_full_is_no_error() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join(FIFO);
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)
+            .unwrap();
+        let mut fifo = std::fs::File::from(open_fifo(&path).unwrap());
+        let line = [b'x'; 1000];
+        while fifo.write(&line).is_ok() {}
+        assert_eq!(Lossy(fifo).write(&line).unwrap(), line.len());
     }
 
     #[test]
