@@ -41,6 +41,8 @@ pub const EXECS_MAX: usize = 4096;
 pub const CALL_TIMEOUT_S: u64 = 10;
 /// How long the host waits for `CreateContainer`, `StartContainer` and `ExecProcess`, in seconds.
 pub const CREATE_TIMEOUT_S: u64 = 60;
+/// How long the host waits for `RemoveContainer`, in seconds: what the container wrote goes to its disk first.
+pub const REMOVE_TIMEOUT_S: u64 = 60;
 /// How long the agent keeps a process's streams for the host to connect to, in seconds.
 pub const STREAM_CONNECT_TIMEOUT_S: u64 = 10;
 

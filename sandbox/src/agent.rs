@@ -9,7 +9,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bulkhead_protocol::agent::GuestDetails;
 use bulkhead_protocol::agent_ttrpc::AgentClient;
-use bulkhead_protocol::limits::{CALL_TIMEOUT_S, CONTROL_PORT, CREATE_TIMEOUT_S, PROTOCOL_VERSION};
+use bulkhead_protocol::limits::{
+    CALL_TIMEOUT_S, CONTROL_PORT, CREATE_TIMEOUT_S, PROTOCOL_VERSION, REMOVE_TIMEOUT_S,
+};
 use rustix::rand::{GetRandomFlags, getrandom};
 use tokio::time::timeout;
 use ttrpc::asynchronous::Client;
@@ -270,7 +272,7 @@ impl Agent {
             force: true,
             ..Default::default()
         };
-        within(CALL_TIMEOUT_S, self.client.remove_container(Context::default(), &request)).await.map(drop)
+        within(REMOVE_TIMEOUT_S, self.client.remove_container(Context::default(), &request)).await.map(drop)
     }
 
     /// Changes a container's limits: `resources` is the JSON of `linux.resources` in the OCI runtime specification.

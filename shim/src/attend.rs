@@ -9,7 +9,7 @@ use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use protobuf::MessageField;
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
-use crate::machine::Machine;
+use crate::machine::{Machine, WRITE_TIMEOUT};
 use crate::process::{Exit, KILLED, Process, State};
 use crate::shim::Shim;
 use crate::task::Task;
@@ -19,7 +19,7 @@ use crate::task::Task;
 pub(crate) const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a container's end waits for the ends of its execs, which the guest has killed by then.
 const EXECS_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long the guest may take to let go of a container.
+/// How long the guest may take to let go of a container that writes to no disk.
 const REMOVE_TIMEOUT: Duration = Duration::from_secs(4);
 /// How long a machine whose agent is gone may take to be known as ended.
 const LOST_TIMEOUT: Duration = Duration::from_secs(2);
@@ -58,19 +58,12 @@ pub(crate) async fn init(shim: Arc<Shim>, task: Arc<Task>, machine: Arc<Machine>
     // The exit is out; what follows keeps nobody waiting but the deletion.
     task.init.drained().await;
     let is_over = shim.is_over();
-    let removing = async {
-        if is_over {
-            // What the machine has of the host goes with it: only the container's disks are to be written.
-            machine.agent().remove_container(&task.id).await
-        } else {
-            machine.pod().remove(&task.id).await
-        }
-    };
-    if machine.is_usable() && (!is_over || machine.pod().holds_back(&task.id)) {
-        match timeout(REMOVE_TIMEOUT, removing).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(id = task.id, %error, "the guest cannot remove the container"),
-            Err(_) => tracing::warn!(id = task.id, "the guest does not let go of the container"),
+    let writes = machine.pod().holds_back(&task.id);
+    // What a machine that is to end has of the host goes with it: only the container's disks are to be written.
+    if machine.is_usable() && (!is_over || writes) {
+        let patience = if writes { WRITE_TIMEOUT } else { REMOVE_TIMEOUT };
+        if timeout(patience, machine.remove(&task.id, is_over)).await.is_err() {
+            tracing::warn!(id = task.id, "the guest does not let go of the container");
         }
     }
     if is_over {

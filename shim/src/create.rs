@@ -140,12 +140,15 @@ impl Shim {
         if !oci::group(&container.spec, "").is_empty() {
             self.grouped.store(true, Ordering::Relaxed);
         }
+        let oom_score = container.spec.process().as_ref().and_then(oci_spec::runtime::Process::oom_score_adj);
+        let oom_score = oom_score.unwrap_or(0);
         let mut slot = self.machine.lock().await;
         if let Some(machine) = slot.clone().filter(|machine| machine.is_usable()) {
             drop(slot);
             task.set_machine(Arc::clone(&machine));
             let container = NewContainer { sandbox: Some(&machine.first), ..container };
-            let created = timeout(CREATE_TIMEOUT, machine.create(container, &self.directory)).await;
+            let created =
+                timeout(CREATE_TIMEOUT, machine.create(container, &self.directory, oom_score)).await;
             return match created.map_err(|_| TaskError::Deadline("the container is not created"))? {
                 Ok(()) => Ok(machine),
                 Err(error) => Err(explain(&machine, TaskError::create(program, error)).await),
@@ -155,7 +158,7 @@ impl Shim {
             // The cgroup of this one may have the same name. Whoever gives up the creation does not end the removal.
             let _ = tokio::spawn(async move { old.gone().await }).await;
         }
-        let machine = timeout(MACHINE_TIMEOUT, self.start_machine(config, container)).await;
+        let machine = timeout(MACHINE_TIMEOUT, self.start_machine(config, container, oom_score)).await;
         let machine = machine.map_err(|_| TaskError::Deadline("the virtual machine does not start"))?;
         let machine = machine.map_err(|error| match error {
             TaskError::Pod(error) => TaskError::create(program, error),
@@ -170,6 +173,7 @@ impl Shim {
         &self,
         config: Option<&Path>,
         first: NewContainer<'_>,
+        oom_score: i32,
     ) -> Result<Arc<Machine>, TaskError> {
         let config = match config {
             Some(file) => Config::load(file),
@@ -193,8 +197,7 @@ impl Shim {
             network,
             cgroup,
         };
-        let oom_score = spec.process().as_ref().and_then(oci_spec::runtime::Process::oom_score_adj);
-        Ok(Machine::start(config, first, oom_score.unwrap_or(0)).await?)
+        Ok(Machine::start(config, first, oom_score).await?)
     }
 
     /// From here on the container is there. Nothing is waited for, so that nothing comes between.
@@ -233,7 +236,7 @@ impl Shim {
         if let Ok(machine) = task.machine() {
             if self.is_alone(task) {
                 machine.end("its only container was not created").await;
-            } else if timeout(REMOVE_TIMEOUT, machine.pod().remove(&task.id)).await.is_err() {
+            } else if timeout(REMOVE_TIMEOUT, machine.remove(&task.id, false)).await.is_err() {
                 tracing::warn!(id = task.id, "the guest does not remove what is left of a container");
             }
         }

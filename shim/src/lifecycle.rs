@@ -16,7 +16,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use crate::attend::{self, DRAIN_TIMEOUT};
 use crate::errors::TaskError;
 use crate::io::{Attached, HostEnds, Owner, Stdio};
-use crate::machine::Machine;
+use crate::machine::{Machine, WRITE_TIMEOUT};
 use crate::process::{Exit, KILLED, Process, State};
 use crate::shim::{Shim, explain, through};
 use crate::task::{Exec, Task};
@@ -30,7 +30,7 @@ const DEATH_TIMEOUT: Duration = Duration::from_secs(15);
 const STARTING_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a start may take, with the CPUs that the container's machine gets first.
 const START_TIMEOUT: Duration = Duration::from_secs(CREATE_TIMEOUT_S);
-/// How long a deletion waits for the guest. containerd gives it five seconds, of which output may take two.
+/// How long a deletion waits for the guest to let go of a container that writes to no disk.
 const RELEASE_TIMEOUT: Duration = Duration::from_millis(2500);
 /// How long a deletion waits for the end of a container that was created and never started.
 const STOP_TIMEOUT: Duration = Duration::from_secs(4);
@@ -298,26 +298,31 @@ impl Shim {
             State::Created | State::Stopped(_) => {}
             state => return Err(TaskError::state("delete", &state)),
         }
-        if !task.begin_delete() {
+        // A client that is told that there is no such container takes the shim's connection with it, so the first one is waited for.
+        if !task.begin_delete().await {
             return Err(TaskError::NoContainer);
         }
-        let exit = match self.stop_created(&task).await {
-            Ok(exit) => exit,
-            Err(error) => {
-                task.abandon_delete();
-                return Err(error);
-            }
-        };
+        let deleted = self.delete_begun(&task).await;
+        task.end_delete(deleted.is_ok());
+        deleted
+    }
+
+    async fn delete_begun(&self, task: &Task) -> Result<Exit, TaskError> {
+        let exit = self.stop_created(task).await?;
         let _ = timeout(DRAIN_TIMEOUT, task.init.drained()).await;
         let execs = task.execs();
         for process in execs.iter().map(|exec| &exec.process).chain([&task.init]) {
             process.detach();
         }
-        if timeout(RELEASE_TIMEOUT, task.released()).await.is_err() {
+        let machine = task.machine().ok();
+        let writes = machine.is_some_and(|machine| machine.pod().holds_back(&task.id));
+        // What is on its way to a disk would be lost with the machine, or meet what is started from there next.
+        let patience = if writes { WRITE_TIMEOUT } else { RELEASE_TIMEOUT };
+        if timeout(patience, task.released()).await.is_err() {
             tracing::warn!(id = task.id, "a container is deleted that the guest has not let go of");
         }
-        if self.remove(&task)
-            && let Ok(machine) = task.machine()
+        if self.remove(task)
+            && let Some(machine) = machine
         {
             machine.end("its last container was deleted").await;
         }

@@ -4,14 +4,16 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::Duration;
 
+use bulkhead_protocol::limits::REMOVE_TIMEOUT_S;
 use bulkhead_sandbox::agent::Agent;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::Interest;
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
 
 use crate::record;
 use bulkhead_sandbox::cgroup::SandboxCgroup;
@@ -23,6 +25,13 @@ const STOP_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long a VMM may take to be torn down by the kernel, which frees the guest's memory.
 const GONE_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// How often the guest is asked to remove a container, and the time between.
+const REMOVE_TRIES: u32 = 3;
+const REMOVE_PAUSE: Duration = Duration::from_secs(1);
+/// How long the removal of a container is waited for whose last writes are on their way to a disk of the host, which may be slow: as long as
+/// the guest is asked for it.
+pub(crate) const WRITE_TIMEOUT: Duration = Duration::from_secs(REMOVE_TRIES as u64 * (REMOVE_TIMEOUT_S + 1));
+
 /// A machine.
 pub(crate) struct Machine {
     pod: Arc<Pod>,
@@ -31,6 +40,8 @@ pub(crate) struct Machine {
     vmm: Option<OwnedFd>,
     over: watch::Sender<Option<Arc<str>>>,
     expected: AtomicBool,
+    /// The VMM's `oom_score_adj`.
+    oom_score: AtomicI32,
 }
 
 impl Machine {
@@ -46,25 +57,38 @@ impl Machine {
         if let Err(error) = record::write(directory, record::VMM, pid) {
             tracing::warn!(%error, "cannot write down the VMM's process id");
         }
-        // What the shim inherits from containerd protects it; a workload is not protected like that.
-        if let Err(error) = fs::write(format!("/proc/{pid}/oom_score_adj"), oom_score.to_string()) {
-            tracing::warn!(%error, "cannot set the VMM's oom_score_adj");
-        }
         // The VMM is a child that nobody has reaped.
         let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
         let vmm = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
         let (over, expected) = (watch::Sender::new(None), AtomicBool::new(false));
-        let machine = Arc::new(Self { pod, first: id, vmm, over, expected });
+        let machine = Arc::new(Self { pod, first: id, vmm, over, expected, oom_score: oom_score.into() });
+        machine.set_oom_score(oom_score);
         machine.note_file_server(directory);
         tokio::spawn(Arc::clone(&machine).attend());
         Ok(machine)
     }
 
     /// Creates another container.
-    pub(crate) async fn create(&self, container: NewContainer<'_>, directory: &Path) -> Result<(), PodError> {
+    pub(crate) async fn create(
+        &self,
+        container: NewContainer<'_>,
+        directory: &Path,
+        oom_score: i32,
+    ) -> Result<(), PodError> {
         Box::pin(self.pod.create(container)).await?;
         self.note_file_server(directory);
+        // Kubernetes protects the first container of a pod, which does nothing, from what the others are killed by.
+        if self.oom_score.fetch_max(oom_score, Ordering::Relaxed) < oom_score {
+            self.set_oom_score(oom_score);
+        }
         Ok(())
+    }
+
+    /// What the shim inherits from containerd protects it; a workload is not protected like that.
+    fn set_oom_score(&self, score: i32) {
+        if let Err(error) = fs::write(format!("/proc/{}/oom_score_adj", self.pid()), score.to_string()) {
+            tracing::warn!(%error, "cannot set the VMM's oom_score_adj");
+        }
     }
 
     /// The file server starts with the first share.
@@ -119,6 +143,30 @@ impl Machine {
             // A process in an uninterruptible sleep: nobody waits for it, what runs in it is over.
             self.over.send_if_modified(|over| over.is_none() && over.replace(why.into()).is_none());
         }
+    }
+
+    /// Has the guest remove a container, and takes back what it had of the host. That goes on to its end, whoever waits for it and for
+    /// however long: what was not taken back would be lost to the other containers of the pod. Of the `last` one, all that it had of the host
+    /// goes with the machine.
+    pub(crate) fn remove(self: &Arc<Self>, id: &str, last: bool) -> JoinHandle<()> {
+        let (machine, id) = (Arc::clone(self), id.to_owned());
+        tokio::spawn(async move {
+            for _ in 0..REMOVE_TRIES {
+                let removed = if last {
+                    machine.agent().remove_container(&id).await
+                } else {
+                    machine.pod.remove(&id).await
+                };
+                match removed {
+                    Err(error) if machine.is_usable() => {
+                        tracing::warn!(id, %error, "the guest cannot remove the container");
+                        sleep(REMOVE_PAUSE).await;
+                    }
+                    // With the machine, everything goes.
+                    Ok(()) | Err(_) => return,
+                }
+            }
+        })
     }
 
     /// Waits, in bounds, until the VMM is gone, and removes its cgroup when the file server, which ends with it or is ended, is

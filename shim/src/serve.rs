@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::process::Signal;
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, timeout, timeout_at};
@@ -21,6 +22,7 @@ use crate::daemon;
 use crate::events::{Destination, Publisher, forward};
 use crate::service::services;
 use crate::shim::Shim;
+use crate::task::Task;
 
 /// containerd's name for the socket that takes events. CRI-O has none.
 const EVENTS_VARIABLE: &str = "TTRPC_ADDRESS";
@@ -34,6 +36,8 @@ const BLOCKING_TIMEOUT: Duration = Duration::from_secs(1);
 const TURN_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a shim that is terminated waits for the ends of its containers.
 const END_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long it waits for what they wrote to be on the disks of the host. A host that is shut down may have no more time than this.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Serves until containerd says that it is enough. `listener` and `lock`, by which others know that it lives, have been inherited.
 pub(crate) fn serve(args: &Args, listener: UnixListener, lock: OwnedFd) -> io::Result<()> {
@@ -88,8 +92,19 @@ async fn run(args: &Args, listener: UnixListener, lock: OwnedFd) -> io::Result<(
 /// Ends all containers, and has their ends told.
 async fn end_all(shim: &Shim) {
     tracing::warn!("the shim is terminated: its containers end");
+    let deadline = Instant::now() + WRITE_TIMEOUT;
+    let tasks = shim.tasks();
+    let writing = |task: &&Arc<Task>| task.machine().is_ok_and(|machine| machine.pod().holds_back(&task.id));
+    let writing: Vec<_> = tasks.iter().filter(writing).collect();
+    for task in &writing {
+        // An error is one of a container that has ended.
+        let _ = shim.kill(&task.id, "", Signal::KILL.as_raw().unsigned_abs(), true).await;
+    }
+    for task in writing {
+        let _ = timeout_at(deadline, task.released()).await;
+    }
     let deadline = Instant::now() + END_TIMEOUT;
-    for task in shim.tasks() {
+    for task in tasks {
         task.kill();
         if let Ok(machine) = task.machine() {
             machine.end("its shim was terminated").await;

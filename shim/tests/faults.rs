@@ -7,6 +7,7 @@ mod support;
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
 use containerd_shim_protos::api::{self, Status};
 use containerd_shim_protos::bootstrap_api::BootstrapParams;
@@ -407,6 +408,63 @@ async fn a_shim_that_is_terminated_tells_of_its_containers_ends() {
     assert!(Command::new("kill").arg(pid.to_string()).status().unwrap().success());
     host.events.until("exit web 137").await;
     until("the shim ends", || !lives(pid)).await;
+    host.delete("web");
+    assert_eq!(host.residue(), Vec::<PathBuf>::new());
+}
+
+/// A shim with a container whose root is a disk, and a guest that has written to it only when the file is there that is returned.
+async fn writing(host: &Host, args: &[&str]) -> (support::Shim, PathBuf) {
+    let disk = host.path("disk");
+    fs::write(&disk, support::ext4()).unwrap();
+    let done = host.path("done");
+    host.bundle("web", args, &[&format!("FAKE_WRITES_UNTIL={}", done.display())], &json!({}));
+    let shim = host.start("web").await;
+    let mut request = shim.request();
+    request.rootfs[0].type_ = "ext4".into();
+    request.rootfs[0].source = disk.display().to_string();
+    request.rootfs[0].options.clear();
+    shim.create(&request).await.unwrap();
+    shim.start("").await.unwrap();
+    (shim, done)
+}
+
+#[tokio::test]
+async fn what_is_written_to_a_slow_disk_is_waited_for_by_whoever_deletes() {
+    let host = Host::new().await;
+    let (shim, done) = writing(&host, &["/bin/true"]).await;
+    assert_eq!(shim.wait("").await.unwrap(), 0);
+    let vmm = shim.state("").await.unwrap().pid;
+    let delete = || async {
+        let client = support::connect(&shim.address).await;
+        let request = api::DeleteRequest { id: "web".into(), ..Default::default() };
+        tokio::spawn(async move { support::answer(client.delete(support::ctx(), &request).await) })
+    };
+    let (first, second) = (delete().await, delete().await);
+    // Longer than a guest without a disk is waited for.
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    assert!(lives(vmm) && !first.is_finished() && !second.is_finished());
+    fs::write(&done, "").unwrap();
+    let answers = [first.await.unwrap(), second.await.unwrap()];
+    assert!(done.with_extension("written").exists());
+    // The other one is told only when nothing is left to interrupt.
+    let codes: Vec<_> = answers.iter().map(|answer| answer.as_ref().err().map(|error| error.0)).collect();
+    assert!(codes.contains(&None) && codes.contains(&Some(Code::NOT_FOUND)), "{codes:?}");
+    shim.shutdown().await;
+    host.delete("web");
+    until("nothing is left", || host.residue().is_empty()).await;
+}
+
+#[tokio::test]
+async fn a_shim_that_is_terminated_gives_its_containers_time_to_write() {
+    let host = Host::new().await;
+    let (shim, done) = writing(&host, &["/bin/sleep", "600"]).await;
+    let pid = shim.connected().await.shim_pid;
+    assert!(Command::new("kill").arg(pid.to_string()).status().unwrap().success());
+    host.events.until("exit web 137").await;
+    assert!(lives(pid));
+    fs::write(&done, "").unwrap();
+    until("the shim ends", || !lives(pid)).await;
+    assert!(done.with_extension("written").exists());
     host.delete("web");
     assert_eq!(host.residue(), Vec::<PathBuf>::new());
 }

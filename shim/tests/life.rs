@@ -296,6 +296,29 @@ async fn the_containers_of_a_pod_share_one_shim_and_one_machine() {
 }
 
 #[tokio::test]
+async fn a_machine_is_killed_for_memory_as_soon_as_any_of_its_containers_would_be() {
+    let host = Host::new().await;
+    let pod = json!({"io.kubernetes.cri.sandbox-id": "pause"});
+    let mut shims = Vec::new();
+    for (id, asked, expected) in [("pause", 100, "100"), ("app", 300, "300"), ("aside", 200, "300")] {
+        let config = host.bundle(id, &["/bin/sleep", "600"], &[], &pod).join("config.json");
+        let mut spec: serde_json::Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
+        spec["process"]["oomScoreAdj"] = asked.into();
+        fs::write(&config, spec.to_string()).unwrap();
+        let shim = host.start(id).await;
+        shim.create(&shim.request()).await.unwrap();
+        let vmm = shim.state("").await.unwrap().pid;
+        let score = fs::read_to_string(format!("/proc/{vmm}/oom_score_adj")).unwrap();
+        assert_eq!(score.trim(), expected);
+        shims.push(shim);
+    }
+    for shim in &shims[1..] {
+        shim.delete("").await.unwrap();
+    }
+    shims.swap_remove(0).finish(&host).await;
+}
+
+#[tokio::test]
 async fn what_delete_cannot_wait_for_the_shim_does_by_itself() {
     let host = Host::new().await;
     let pod = json!({"io.kubernetes.cri.sandbox-id": "pause"});

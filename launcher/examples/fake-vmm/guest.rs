@@ -6,9 +6,11 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
 use std::process::{Command, Stdio as ChildStdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bulkhead_protocol::agent::{
@@ -51,6 +53,13 @@ impl Process {
     /// True when the environment of the process has this variable, by which tests say how it behaves.
     fn is_told(&self, variable: &str) -> bool {
         self.spec["env"].to_string().contains(variable)
+    }
+
+    /// The value of a variable in its environment.
+    fn told(&self, variable: &str) -> Option<String> {
+        let words = self.spec["env"].as_array().into_iter().flatten().filter_map(serde_json::Value::as_str);
+        let mut told = words.filter_map(|word| word.split_once('='));
+        told.find_map(|(name, value)| (name == variable).then(|| value.to_owned()))
     }
 
     /// Kills it and what it has started, or ends it before it has been started.
@@ -306,6 +315,15 @@ impl Agent for Service {
         // By its name: it need not have got as far as to have an environment.
         if request.container_id == "fake-immovable" {
             std::future::pending::<()>().await;
+        }
+        let init = (request.container_id.clone(), String::new());
+        let slow = self.processes.lock().unwrap().get(&init).and_then(|init| init.told("FAKE_WRITES_UNTIL"));
+        if let Some(file) = slow.map(PathBuf::from) {
+            // A disk that takes its time.
+            while !file.exists() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            std::fs::write(file.with_extension("written"), "").map_err(internal)?;
         }
         self.processes.lock().unwrap().retain(|(id, _), process| {
             let stays = *id != request.container_id;

@@ -440,6 +440,14 @@ pub fn kill(pid: u32) {
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
 }
 
+/// The beginning of an ext4.
+pub fn ext4() -> Vec<u8> {
+    let mut image = vec![0; 8192];
+    image[1024 + 0x38..1024 + 0x3a].copy_from_slice(&[0x53, 0xef]);
+    image[1028] = 8;
+    image
+}
+
 fn fifo_at(path: &Path) {
     mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
 }
