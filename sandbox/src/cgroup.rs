@@ -14,6 +14,7 @@ use oci_spec::runtime::{LinuxBlockIo, LinuxResources, Spec};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{geteuid, setsid};
 
+use crate::oci;
 use crate::sizing::MachineSize;
 
 /// Where the unified hierarchy is mounted.
@@ -115,6 +116,7 @@ impl SandboxCgroup {
         let mib = u64::from(size.memory_mib);
         self.write("memory.max", &((mib + mib / TABLES + mib / FILES + OVERHEAD_MIB) << 20).to_string())?;
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        let resources = resources.filter(|_| !oci::is_pod_sandbox(spec));
         resources.map_or(Ok(()), |resources| self.place(resources))
     }
 

@@ -16,6 +16,7 @@ use rustix::fs::{CWD, Mode, OFlags, openat};
 use crate::image_file::{self, Format, ImageFileError};
 use crate::share::{self, Depth, ShareError};
 use crate::sizing::cpu_count;
+use crate::storage::WRITTEN_FILE;
 
 /// What statfs(2) says of EROFS.
 const EROFS_MAGIC: i64 = 0xe0f5_e1e2;
@@ -90,6 +91,12 @@ pub enum HandoverError {
     /// A disk that cannot be opened.
     #[error("cannot use the disk {0}: a disk that is mounted on the host cannot be a guest's as well")]
     Disk(PathBuf, #[source] io::Error),
+    /// A snapshot with something new in its directory and on the disk of its container.
+    #[error(
+        "files were put into {0} on the host, and the container has written to {1}: \
+         they cannot be had together; take away the ones or the other"
+    )]
+    WrittenTwice(PathBuf, PathBuf),
     /// See [`ShareError`].
     #[error(transparent)]
     Share(#[from] ShareError),
@@ -150,7 +157,7 @@ pub fn root(mounts: &[RootfsMount], directory: Option<&Path>) -> Result<Root, Ha
     let has = |option: &str| mount.options.iter().any(|given| given == option);
     let source = Path::new(&mount.source);
     match mount.kind.as_str() {
-        "overlay" => match erofs_layers(&mount.options) {
+        "overlay" => match erofs_layers(&mount.options)? {
             Some(layers) => Ok(layers),
             None => Ok(Root::Share(share::overlay(&mount.options)?)),
         },
@@ -170,20 +177,26 @@ pub fn root(mounts: &[RootfsMount], directory: Option<&Path>) -> Result<Root, Ha
 }
 
 /// The layers behind an overlay whose lower directories are all mounts of containerd's erofs snapshotter. What was written above
-/// them on the host must not be missed, so an upper directory with content makes it an ordinary overlay.
-fn erofs_layers(options: &[String]) -> Option<Root> {
+/// them on the host must not be missed, so an upper directory with content makes it an ordinary overlay, unless the container has
+/// written, too: that is on a disk, and there is no file system of both.
+fn erofs_layers(options: &[String]) -> Result<Option<Root>, HandoverError> {
     let value = |key: &str| options.iter().find_map(|option| option.strip_prefix(key)?.strip_prefix('='));
-    if let Some(upper) = value("upperdir")
-        && !share::is_empty(Path::new(upper)).ok()?
-    {
-        return None;
-    }
-    let images: Option<_> =
-        value("lowerdir")?.split(':').map(|lower| erofs_layer(Path::new(lower))).collect();
     // A snapshot has both in a directory of its own, which goes with it.
     let parent = |key: &str| Path::new(value(key)?).parent();
-    let snapshot = parent("upperdir").filter(|own| parent("workdir") == Some(own)).map(Path::to_owned);
-    Some(Root::Layers { images: images?, above: snapshot.map_or(Above::Memory, Above::Snapshot) })
+    let snapshot = parent("upperdir").filter(|own| parent("workdir") == Some(own));
+    let Some(lower) = value("lowerdir") else { return Ok(None) };
+    let images: Option<_> = lower.split(':').map(|lower| erofs_layer(Path::new(lower))).collect();
+    let Some(images) = images else { return Ok(None) };
+    if let Some(upper) = value("upperdir").map(Path::new)
+        && !share::is_empty(upper).unwrap_or(false)
+    {
+        return match snapshot.map(|own| own.join(WRITTEN_FILE)) {
+            Some(disk) if disk.exists() => Err(HandoverError::WrittenTwice(upper.to_owned(), disk)),
+            _ => Ok(None),
+        };
+    }
+    let above = snapshot.map_or(Above::Memory, |own| Above::Snapshot(own.to_owned()));
+    Ok(Some(Root::Layers { images, above }))
 }
 
 fn erofs_layer(mounted: &Path) -> Option<PathBuf> {

@@ -12,6 +12,8 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 /// anybody, Kubernetes' as containerd and as CRI-O write it.
 const GROUPS: [&str; 3] =
     ["io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id", "io.kubernetes.cri-o.SandboxID"];
+/// Annotations that tell what a container is to its pod.
+const CONTAINER_TYPES: [&str; 2] = ["io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType"];
 
 /// Why a bundle cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -89,6 +91,11 @@ pub fn group(spec: &Spec, own_id: &str) -> String {
     group.unwrap_or(own_id).to_owned()
 }
 
+/// True for the container that only keeps a Kubernetes pod's namespaces: what it asks for itself says nothing of the pod.
+pub fn is_pod_sandbox(spec: &Spec) -> bool {
+    CONTAINER_TYPES.iter().any(|name| annotation(spec, name) == Some("sandbox"))
+}
+
 /// The value of an annotation that is there and not empty.
 pub fn annotation<'a>(spec: &'a Spec, name: &str) -> Option<&'a str> {
     let annotations: &HashMap<String, String> = spec.annotations().as_ref()?;
@@ -140,5 +147,16 @@ mod tests {
             with(json!({"io.kubernetes.cri.sandbox-id": "pod", "io.containerd.runc.v2.group": "group"})),
             "group"
         );
+    }
+
+    #[test]
+    fn a_pods_sandbox_is_told_from_its_containers() {
+        let is = |annotations: Value| {
+            is_pod_sandbox(&spec(&json!({"ociVersion": "1.2.0", "annotations": annotations})))
+        };
+        assert!(is(json!({"io.kubernetes.cri.container-type": "sandbox"})));
+        assert!(is(json!({"io.kubernetes.cri-o.ContainerType": "sandbox"})));
+        assert!(!is(json!({"io.kubernetes.cri.container-type": "container"})));
+        assert!(!is(json!({})));
     }
 }

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -217,6 +218,8 @@ pub struct Pod {
     storage: Size,
     /// Starts with the first share.
     file_server: OnceCell<FileServer>,
+    /// The device of a file server may be in its slot.
+    shares_plugged: AtomicBool,
     file_server_program: PathBuf,
     empty: PathBuf,
     cgroup: Option<SandboxCgroup>,
@@ -307,6 +310,7 @@ impl Pod {
             annotations: config.config.annotations.clone(),
             storage,
             file_server: OnceCell::new_with(file_server.map(|(server, _)| server)),
+            shares_plugged: AtomicBool::new(false),
             file_server_program: config.artifacts.file_server.clone(),
             empty,
             cgroup: cgroup.clone(),
@@ -383,6 +387,10 @@ impl Pod {
     /// The file server, started and plugged with the first share that a container of this pod has.
     async fn file_server(&self) -> Result<&FileServer, PodError> {
         let start = async {
+            if self.shares_plugged.swap(true, Ordering::Relaxed) {
+                // An attempt before this one was given up, and its server is gone: its device may be there.
+                let _ = self.sandbox.unplug(&self.agent, slots::FS).await;
+            }
             let entrance = self.cgroup.as_ref().map(SandboxCgroup::entrance).transpose();
             let entrance = entrance.map_err(PodError::Entrance)?;
             let (server, requests) =

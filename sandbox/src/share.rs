@@ -65,11 +65,30 @@ pub fn bind(path: &Path, depth: Depth, read_only: bool) -> Result<OwnedFd, Share
     Ok(mount)
 }
 
-/// An overlay, from the options of a mount of type `overlay`.
+/// An overlay, from the options of a mount of type `overlay`, in which a file keeps its inode number.
+///
+/// The guest tells files apart by that. As overlays are by default, the names of a file of a lower layer become files of their own when they
+/// are written to (`index`), and directories of layers on different file systems may get another number at any time (`xino`). Where the
+/// kernel cannot do better, it is as the options say: while another mount has the same upper directory, for one.
 ///
 /// # Errors
 /// [`ShareError`] names the option that the kernel refused.
 pub fn overlay(options: &[String]) -> Result<OwnedFd, ShareError> {
+    let has =
+        |key: &str| options.iter().any(|option| option.split_once('=').is_some_and(|(own, _)| own == key));
+    if has("upperdir") {
+        let kept =
+            options.iter().filter(|option| !option.starts_with("index=") && !option.starts_with("xino="));
+        let stable: Vec<_> = kept.cloned().chain(["index=on", "xino=on"].map(String::from)).collect();
+        match overlay_as_told(&stable) {
+            Ok(mount) => return Ok(mount),
+            Err(error) => tracing::debug!(%error, "an overlay's files may change their inode numbers"),
+        }
+    }
+    overlay_as_told(options)
+}
+
+fn overlay_as_told(options: &[String]) -> Result<OwnedFd, ShareError> {
     let failed = |step: &str| {
         let step = step.to_owned();
         move |errno: Errno| ShareError::Overlay { step, source: errno.into() }
@@ -147,8 +166,10 @@ pub fn file_system_magic(path: &Path) -> io::Result<i64> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::fs::{self, File};
+    use std::io::{Read, Write};
     use std::os::fd::AsFd;
+    use std::os::unix::fs::MetadataExt;
 
     use rustix::fs::{Mode, OFlags, openat};
     use rustix::process::geteuid;
@@ -212,6 +233,44 @@ mod tests {
         }
         write(&share, "new").unwrap();
         assert!(Path::new(&path("upper")).join("new").exists());
+    }
+
+    #[test]
+    fn names_of_one_file_in_a_layer_stay_names_of_one_file() {
+        if !geteuid().is_root() {
+            return;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        for name in ["layer", "upper", "work"] {
+            fs::create_dir(path(name)).unwrap();
+        }
+        fs::write(path("layer/a"), "old").unwrap();
+        fs::hard_link(path("layer/a"), path("layer/b")).unwrap();
+        let option = |key: &str, name: &str| format!("{key}={}", path(name).display());
+        let options = [
+            "index=off".to_owned(),
+            option("workdir", "work"),
+            option("upperdir", "upper"),
+            option("lowerdir", "layer"),
+        ];
+        let share = match overlay(&options) {
+            Err(ShareError::Overlay { step, source }) if step == "create" => {
+                eprintln!("no overlay here: {source}");
+                return;
+            }
+            other => other.unwrap(),
+        };
+        let open = |flags| File::from(openat(&share, "a", flags | OFlags::CLOEXEC, Mode::empty()).unwrap());
+        let inode = open(OFlags::RDONLY).metadata().unwrap().ino();
+        open(OFlags::WRONLY).write_all(b"new").unwrap();
+        assert_eq!(open(OFlags::RDONLY).metadata().unwrap().ino(), inode);
+        let mut text = String::new();
+        let other = openat(&share, "b", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        File::from(other).read_to_string(&mut text).unwrap();
+        assert_eq!(text, "new");
+        // Another mount of the same is not refused: a container may be started again before the kernel is done with the one before.
+        overlay(&options).unwrap();
     }
 
     #[test]

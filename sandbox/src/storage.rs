@@ -18,7 +18,7 @@ use crate::slots::{NoSlot, Slots};
 /// Most layers of an image: the entries of a GPT. Docker's own limit is 127.
 pub const LAYERS_MAX: usize = 128;
 /// What was written above the layers of a snapshot of containerd's, in the directory of the snapshot.
-const WRITTEN_FILE: &str = "bulkhead.ext4";
+pub(crate) const WRITTEN_FILE: &str = "bulkhead.ext4";
 /// Least size of a scratch disk: below it ext4 has no room for itself.
 pub const SCRATCH_MIN: Size = Size(16 << 20);
 

@@ -203,7 +203,19 @@ fn beside() -> Result {
     })?;
     // What is written is the guest's business.
     let written = snapshot.upper().join("file").exists();
-    ensure(written == is_runc(), || format!("written on the host: {written}"))
+    ensure(written == is_runc(), || format!("written on the host: {written}"))?;
+    if is_runc() {
+        return Ok(());
+    }
+    // There is no file system of both, so neither is passed over.
+    write(snapshot.upper().join("copied"), "into it\n")?;
+    let bundle = Bundle::new("layered", &["true"])?;
+    let shim = bundle.start_shim()?;
+    let refused = shim.create(&CreateTaskRequest { rootfs: vec![snapshot.mount()], ..bundle.request() });
+    shim.shutdown(bundle.id())?;
+    bundle.clean_up()?;
+    let error = refused.err().ok_or("a root in two halves")?.to_string();
+    ensure(error.contains("cannot be had together"), || error)
 }
 
 fn not_beside() -> Result {
