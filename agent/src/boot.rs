@@ -20,6 +20,9 @@ use crate::{cgroup, rcu};
 
 /// Three pipes and three connections a process, and room for the agent's own.
 const OPEN_FILES: u64 = 6 * (CONTAINERS_MAX + EXECS_MAX) as u64 + 1024;
+/// What a container's processes may have open when its configuration does not say: about what they have from a runtime that systemd
+/// started. The second is the most that the kernel lets anybody have, unless it is told otherwise (`fs.nr_open`).
+const CONTAINER_OPEN_FILES: Rlimit = Rlimit { current: Some(1024), maximum: Some(1 << 20) };
 
 /// What could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -40,7 +43,7 @@ pub(crate) enum Error {
     OomScore(#[source] io::Error),
     #[error("create {0}")]
     Directory(&'static str, #[source] io::Error),
-    #[error("raise the number of open files")]
+    #[error("set the number of open files")]
     Limits(#[source] io::Error),
     #[error(transparent)]
     Cgroup(#[from] cgroup::Error),
@@ -118,6 +121,7 @@ pub(crate) fn prepare() -> Result<(), Error> {
     first.set(0);
     sched_setaffinity(None, &first).map_err(|error| Error::Processor(error.into()))?;
     fs::write("/proc/self/oom_score_adj", "-1000").map_err(Error::OomScore)?;
+    set_open_files(CONTAINER_OPEN_FILES)?;
     for directory in [DIRECTORY, START_DIRECTORY] {
         fs::create_dir_all(directory).map_err(|error| Error::Directory(directory, error))?;
     }
@@ -128,11 +132,14 @@ pub(crate) fn prepare() -> Result<(), Error> {
 }
 
 /// Lets the agent have the descriptors that its limits of containers and streams take. Called after the zygote was
-/// forked: containers start with the kernel's default.
+/// forked, whose limits are those of containers.
 ///
 /// # Errors
 /// [`Error::Limits`].
 pub(crate) fn raise_limits() -> Result<(), Error> {
-    setrlimit(Resource::Nofile, Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) })
-        .map_err(|error| Error::Limits(error.into()))
+    set_open_files(Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) })
+}
+
+fn set_open_files(limit: Rlimit) -> Result<(), Error> {
+    setrlimit(Resource::Nofile, limit).map_err(|error| Error::Limits(error.into()))
 }

@@ -103,7 +103,9 @@ impl Lifecycle {
         let request =
             |start: &str| Ok(Request::Create { call: call.write_to_bytes()?, start: start.to_owned() });
         let result = self.prepare(&id, "", &process, job, &call.stdio, stop.clone(), request).await;
-        if result.is_err() {
+        if result.is_ok() {
+            tokio::spawn(Arc::clone(&process.streams).expire());
+        } else {
             // The worker has cleaned up after itself, unless it was killed.
             if let Err(error) = self.discard(&id).await {
                 tracing::error!("clean up after container {id}: {error}");
@@ -160,7 +162,10 @@ impl Lifecycle {
             Ok(pid) => start(&process).await.map(|()| pid),
             Err(error) => Err(error),
         };
-        if result.is_err() {
+        if result.is_ok() {
+            // The host connects when it has the answer, and a start may take longer than it has for that.
+            tokio::spawn(Arc::clone(&process.streams).expire());
+        } else {
             self.table.forget(&id, &exec);
         }
         result
@@ -249,10 +254,7 @@ impl Lifecycle {
         };
         let result = self.zygote.run(&request, job, WORKER_PATIENCE, stopped, claim).await.flatten();
         match result {
-            Ok(pid) => {
-                tokio::spawn(Arc::clone(&process.streams).expire());
-                Ok(pid)
-            }
+            Ok(pid) => Ok(pid),
             Err(error) => {
                 let _ = std::fs::remove_file(&socket);
                 // What the process itself said tells more than what libcontainer made of it.

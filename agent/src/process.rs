@@ -353,6 +353,7 @@ impl Table {
         let at_ns = guest::nanoseconds(ClockId::Realtime);
         let exit = Exit { status, at_ns, oom_killed: cgroup.oom_kills() > 0 };
         owner.process.exit.send_replace(Some(exit));
+        owner.process.streams.process_ended();
     }
 }
 

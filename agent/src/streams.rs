@@ -7,6 +7,7 @@
 //! - Output: the end of the pipe or terminal is passed on as `SHUTDOWN(SEND)`. The connection stays until the host hangs
 //!   up, so nothing that was written is lost. A host that hangs up first closes the pipe, and the process gets SIGPIPE
 //!   when it writes, or SIGHUP when it has a terminal.
+//! - A terminal that nobody has open any more may be opened again: its output ends when its process has ended, too.
 //! - A stream that no connection has claimed within [`STREAM_CONNECT_TIMEOUT_S`] is read and discarded, or, for input,
 //!   at its end: nobody asked for it, and the process must not wait for somebody who does not come.
 
@@ -24,18 +25,24 @@ use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::io::Interest;
-use tokio::sync::Notify;
+use tokio::io::unix::AsyncFdReadyGuard;
+use tokio::sync::{Notify, watch};
+use tokio::time::{sleep, timeout};
 
 use crate::descriptor::{Descriptor, nonblocking};
 
 /// Bytes that are under way between the two sides of a stream at a time.
 const BUFFER: usize = 64 << 10;
+/// How long a terminal is left alone that no process has open, and one that was so before when it has nothing to read or no room.
+const CLOSED_TERMINAL_PAUSE: Duration = Duration::from_millis(50);
 
 /// The agent's ends of a process's streams, until connections claim them.
 #[derive(Default)]
 pub(crate) struct Streams {
     ends: Mutex<Ends>,
     close_input: Notify,
+    /// Whether the process has ended.
+    ended: watch::Sender<bool>,
 }
 
 #[derive(Default)]
@@ -72,7 +79,7 @@ impl Streams {
                 }
             }
         }
-        Ok((Self { ends: Mutex::new(ends), close_input: Notify::new() }, theirs))
+        Ok((Self { ends: Mutex::new(ends), ..Self::default() }, theirs))
     }
 
     /// Takes the master of the process's terminal, which stands for the streams that were asked for. One that nobody
@@ -111,20 +118,20 @@ impl Streams {
         }
     }
 
+    /// Lets a terminal's output end, now that its process has.
+    pub(crate) fn process_ended(&self) {
+        self.ended.send_replace(true);
+    }
+
     /// Gives up on connections that have not come, after [`STREAM_CONNECT_TIMEOUT_S`].
     pub(crate) async fn expire(self: Arc<Self>) {
-        tokio::time::sleep(Duration::from_secs(STREAM_CONNECT_TIMEOUT_S)).await;
+        sleep(Duration::from_secs(STREAM_CONNECT_TIMEOUT_S)).await;
         let (output, error) = {
             let mut ends = self.lock();
             ends.input = None;
             (ends.output.take(), ends.error.take())
         };
-        let discard = |end: Option<Arc<Descriptor>>| async move {
-            if let Some(end) = end {
-                discard(&end).await;
-            }
-        };
-        tokio::join!(discard(output), discard(error));
+        tokio::join!(self.discard(output), self.discard(error));
     }
 
     /// Carries a stream over `connection` until both ends are done with it. The second connection for a stream, and one
@@ -141,7 +148,7 @@ impl Streams {
         let Some(end) = end else { return };
         let result = match stream {
             Stream::Stdin => self.carry_input(&connection, end).await,
-            Stream::Stdout | Stream::Stderr => carry_output(end, &connection).await,
+            Stream::Stdout | Stream::Stderr => self.carry_output(end, &connection).await,
         };
         if let Err(error) = result {
             tracing::info!("{stream:?} ended: {error}");
@@ -167,35 +174,61 @@ impl Streams {
         }
     }
 
+    async fn carry_output(&self, end: Arc<Descriptor>, connection: &Descriptor) -> io::Result<()> {
+        let hung_up = hung_up(connection);
+        tokio::pin!(hung_up);
+        let mut buffer = Vec::new();
+        loop {
+            tokio::select! {
+                biased;
+                read = self.fill_with_output(&mut buffer, &end) => read?,
+                () = &mut hung_up => return Ok(()),
+            }
+            if buffer.is_empty() {
+                break;
+            }
+            tokio::select! {
+                biased;
+                written = drain(&mut buffer, connection, |fd, bytes| send(fd, bytes, SendFlags::NOSIGNAL)) => written?,
+                () = &mut hung_up => return Ok(()),
+            }
+        }
+        // The process may have closed this stream and have others, or a terminal: that end goes now.
+        drop(end);
+        shutdown(connection.get_ref(), Shutdown::Write)?;
+        ended(connection).await;
+        Ok(())
+    }
+
+    async fn discard(&self, end: Option<Arc<Descriptor>>) {
+        let Some(end) = end else { return };
+        let mut buffer = Vec::new();
+        while self.fill_with_output(&mut buffer, &end).await.is_ok() && !buffer.is_empty() {
+            buffer.clear();
+        }
+    }
+
+    /// Does what [`fill`] does with a pipe, or a terminal's master. That says EIO while no process has its other side open, which is the end
+    /// only when the process has ended.
+    async fn fill_with_output(&self, buffer: &mut Vec<u8>, end: &Descriptor) -> io::Result<()> {
+        let mut ended = self.ended.subscribe();
+        loop {
+            // What was written before the process ended is read after this.
+            let last = *ended.borrow();
+            match fill(buffer, end, |fd, buffer| rustix::io::read(fd, spare_capacity(buffer))).await {
+                Err(error) if Errno::from_io_error(&error) == Some(Errno::IO) => *buffer = Vec::new(),
+                other => return other,
+            }
+            if last {
+                return Ok(());
+            }
+            let _ = timeout(CLOSED_TERMINAL_PAUSE, ended.wait_for(|&ended| ended)).await;
+        }
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Ends> {
         self.ends.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-async fn carry_output(end: Arc<Descriptor>, connection: &Descriptor) -> io::Result<()> {
-    let hung_up = hung_up(connection);
-    tokio::pin!(hung_up);
-    let mut buffer = Vec::new();
-    loop {
-        tokio::select! {
-            biased;
-            read = fill(&mut buffer, &end, take) => read?,
-            () = &mut hung_up => return Ok(()),
-        }
-        if buffer.is_empty() {
-            break;
-        }
-        tokio::select! {
-            biased;
-            written = drain(&mut buffer, connection, |fd, bytes| send(fd, bytes, SendFlags::NOSIGNAL)) => written?,
-            () = &mut hung_up => return Ok(()),
-        }
-    }
-    // The process may have closed this stream and have others, or a terminal: that end goes now.
-    drop(end);
-    shutdown(connection.get_ref(), Shutdown::Write)?;
-    ended(connection).await;
-    Ok(())
 }
 
 /// Completes when the host has hung up, so that it will not read. That it will not send looks the same at first, and
@@ -220,13 +253,6 @@ async fn ended(connection: &Descriptor) {
     }
 }
 
-async fn discard(end: &Descriptor) {
-    let mut buffer = Vec::new();
-    while fill(&mut buffer, end, take).await.is_ok() && !buffer.is_empty() {
-        buffer.clear();
-    }
-}
-
 /// Waits until there is something and reads it into `buffer`, which is empty; if it still is then, that was the end.
 async fn fill(
     buffer: &mut Vec<u8>,
@@ -234,14 +260,14 @@ async fn fill(
     read: impl Fn(&OwnedFd, &mut Vec<u8>) -> Result<usize, Errno>,
 ) -> io::Result<()> {
     loop {
-        let mut ready = from.readable().await?;
+        let ready = from.readable().await?;
         buffer.reserve_exact(BUFFER);
         match read(from.get_ref(), buffer) {
             Ok(_) => return Ok(()),
             Err(Errno::AGAIN) => {
-                ready.clear_ready();
                 // An idle stream costs no buffer.
                 *buffer = Vec::new();
+                try_later(ready).await;
             }
             Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
@@ -253,14 +279,6 @@ fn receive(from: &OwnedFd, buffer: &mut Vec<u8>) -> Result<usize, Errno> {
     recv(from, spare_capacity(buffer), RecvFlags::DONTWAIT).map(|(length, _)| length)
 }
 
-/// Reads a pipe, or a terminal's master, which says EIO when the last process has closed its side.
-fn take(from: &OwnedFd, buffer: &mut Vec<u8>) -> Result<usize, Errno> {
-    match rustix::io::read(from, spare_capacity(buffer)) {
-        Err(Errno::IO) => Ok(0),
-        other => other,
-    }
-}
-
 /// Writes all of `buffer` and empties it.
 async fn drain(
     buffer: &mut Vec<u8>,
@@ -269,16 +287,26 @@ async fn drain(
 ) -> io::Result<()> {
     let mut written = 0;
     while written < buffer.len() {
-        let mut ready = to.writable().await?;
+        let ready = to.writable().await?;
         match write(to.get_ref(), &buffer[written..]) {
             Ok(length) => written += length,
-            Err(Errno::AGAIN) => ready.clear_ready(),
+            Err(Errno::AGAIN) => try_later(ready).await,
             Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
     }
     buffer.clear();
     Ok(())
+}
+
+/// Has the runtime wait for the next event. It does not forget that the other side was closed, which that of a terminal need not be any more.
+async fn try_later(mut ready: AsyncFdReadyGuard<'_, OwnedFd>) {
+    let was_closed = ready.ready().is_read_closed() || ready.ready().is_write_closed();
+    ready.clear_ready();
+    drop(ready);
+    if was_closed {
+        sleep(CLOSED_TERMINAL_PAUSE).await;
+    }
 }
 
 /// Reads the header of a new connection.
@@ -314,6 +342,9 @@ mod tests {
     use std::io::{Read as _, Write as _};
     use std::os::unix::net::UnixStream;
     use std::thread;
+
+    use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
+    use tokio::io::AsyncReadExt as _;
 
     use super::*;
 
@@ -472,6 +503,76 @@ mod tests {
             Arc::new(streams).expire().await;
             process.join().unwrap();
             assert_eq!(file(stdin).read(&mut [0]).unwrap(), 0);
+        });
+    }
+
+    /// Streams on a terminal, and what opens its other side.
+    fn on_terminal() -> (Streams, impl Fn() -> std::fs::File) {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        let master = openpt(flags).unwrap();
+        unlockpt(&master).unwrap();
+        let opener = rustix::io::dup(&master).unwrap();
+        let stdio = Stdio { terminal: true, ..only_output() };
+        let (streams, _) = Streams::new(&stdio).unwrap();
+        streams.set_terminal(master, &stdio).unwrap();
+        (streams, move || ioctl_tiocgptpeer(&opener, flags).unwrap().into())
+    }
+
+    /// Both ends of a connection, the host's for the test's own runtime.
+    fn screen() -> (Descriptor, tokio::net::UnixStream) {
+        let (ours, theirs) = connection();
+        theirs.set_nonblocking(true).unwrap();
+        (ours, tokio::net::UnixStream::from_std(theirs).unwrap())
+    }
+
+    async fn shown(screen: &mut tokio::net::UnixStream, text: &str) {
+        let mut bytes = vec![0; text.len()];
+        screen.read_exact(&mut bytes).await.unwrap();
+        assert_eq!(bytes, text.as_bytes());
+    }
+
+    #[test]
+    fn a_terminal_goes_on_when_it_is_opened_again() {
+        run(async {
+            let (streams, open) = on_terminal();
+            let (from, mut screen) = screen();
+            let process = async {
+                for word in ["one", "two", "three"] {
+                    open().write_all(word.as_bytes()).unwrap();
+                    shown(&mut screen, word).await;
+                    sleep(CLOSED_TERMINAL_PAUSE * 2).await;
+                }
+                let nothing = screen.try_read(&mut [0]).unwrap_err();
+                assert_eq!(nothing.kind(), io::ErrorKind::WouldBlock, "it has not ended");
+                open().write_all(b"last words").unwrap();
+                streams.process_ended();
+                let mut rest = String::new();
+                screen.read_to_string(&mut rest).await.unwrap();
+                assert_eq!(rest, "last words");
+                drop(screen);
+            };
+            tokio::join!(streams.carry(Stream::Stdout, from), process);
+        });
+    }
+
+    #[test]
+    fn a_terminal_that_a_child_has_open_goes_on_after_the_end_of_the_process() {
+        run(async {
+            let (streams, open) = on_terminal();
+            let (from, mut screen) = screen();
+            let process = async {
+                let mut child = open();
+                streams.process_ended();
+                child.write_all(b"early").unwrap();
+                shown(&mut screen, "early").await;
+                child.write_all(b"late").unwrap();
+                drop(child);
+                let mut rest = String::new();
+                screen.read_to_string(&mut rest).await.unwrap();
+                assert_eq!(rest, "late");
+                drop(screen);
+            };
+            tokio::join!(process, streams.carry(Stream::Stdout, from));
         });
     }
 

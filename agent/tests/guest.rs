@@ -120,6 +120,29 @@ fn a_container_without_a_network_namespace_has_the_guests() {
 
 #[test]
 #[ignore = "needs an agent: agent/tests/guest.sh"]
+fn parameters_of_the_guests_network_are_set_or_named() {
+    run(async {
+        let mut spec = shell("cd /proc/sys/net/ipv4; cat ping_group_range ip_unprivileged_port_start");
+        support::without_namespace(&mut spec, "network");
+        spec["linux"]["sysctl"] =
+            json!({"net.ipv4.ping_group_range": "7 4711", "net/ipv4/ip_unprivileged_port_start": "81"});
+        let finished = Container::create("sysctl1", &spec, output()).await.unwrap().finish().await;
+        assert_eq!(finished.stdout, "7\t4711\n81\n", "{}", finished.stderr);
+        for (id, name, value) in [
+            ("sysctl2", "net.ipv4.nonesuch", "1"),
+            ("sysctl3", "net.ipv4.ping_group_range", "many"),
+            ("sysctl4", "net/../kernel/panic", "1"),
+        ] {
+            spec["linux"]["sysctl"] = json!({name: value});
+            let error = Container::create(id, &spec, output()).await.err().unwrap();
+            assert!(error.to_string().contains(name), "{error}");
+            assert_eq!(code(Err::<(), _>(error)), Code::INVALID_ARGUMENT, "{name}");
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs an agent: agent/tests/guest.sh"]
 fn input_ends_in_band_and_by_call() {
     run(async {
         let container = Container::create("cat", &spec(&["cat"]), interactive()).await.unwrap();
@@ -298,6 +321,50 @@ fn terminals_have_a_size_and_a_console() {
 
 #[test]
 #[ignore = "needs an agent: agent/tests/guest.sh"]
+fn a_terminal_is_its_users() {
+    run(async {
+        let script = "echo >/dev/stdout $(stat -c %u:%g $(tty))";
+        let mut spec = shell(script);
+        spec["process"]["user"] = json!({"uid": 33, "gid": 33});
+        let container = Container::create("ttyuser", &spec, terminal()).await.unwrap();
+        let mut screen = container.stream("", Stream::Stdout).await;
+        container.start().await.unwrap();
+        // The group is that of the option of devpts.
+        assert_eq!(String::from_utf8(screen.read_to_end().await).unwrap(), "33:5\r\n");
+        container.remove(true).await.unwrap();
+
+        let mut spec = shell("sleep 100");
+        support::add_namespace(&mut spec, "user");
+        support::without_mounts(&mut spec, "/sys");
+        spec["linux"]["uidMappings"] = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+        spec["linux"]["gidMappings"] = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+        let container = Container::create("ttyuser2", &spec, Stdio::default()).await.unwrap();
+        container.start().await.unwrap();
+        container.exec("x", &["sh", "-c", script], terminal(), "web").await.unwrap();
+        let mut screen = container.stream("x", Stream::Stdout).await;
+        assert_eq!(String::from_utf8(screen.read_to_end().await).unwrap(), "33:5\r\n");
+        container.remove(true).await.unwrap();
+    });
+}
+
+#[test]
+#[ignore = "needs an agent: agent/tests/guest.sh"]
+fn a_terminal_that_its_process_closes_and_opens_again_goes_on() {
+    run(async {
+        let container = Container::create("reopen", &shell("sleep 100"), Stdio::default()).await.unwrap();
+        container.start().await.unwrap();
+        let script = "t=$(tty); echo one; exec <&- >&- 2>&-; sleep 0.3; echo two >$t; sleep 0.3; \
+                      exec >$t; echo three; exit 7";
+        container.exec("x", &["sh", "-c", script], terminal(), "").await.unwrap();
+        let mut screen = container.stream("x", Stream::Stdout).await;
+        assert_eq!(String::from_utf8(screen.read_to_end().await).unwrap(), "one\r\ntwo\r\nthree\r\n");
+        assert_eq!(container.wait("x").await.exit_status, 7);
+        container.remove(true).await.unwrap();
+    });
+}
+
+#[test]
+#[ignore = "needs an agent: agent/tests/guest.sh"]
 fn a_terminal_outlives_the_end_of_its_input_but_not_its_host() {
     run(async {
         let container = Container::create("hang", &shell("sleep 100"), Stdio::default()).await.unwrap();
@@ -384,6 +451,73 @@ fn what_the_configuration_says_of_the_process_holds() {
         assert!(finished.stdout.ends_with("/made/for/me\n4242424\n"), "{}", finished.stdout);
         // The limit for locked memory is not what the loading of the device filter needed.
         assert!(!finished.stdout.contains("\n131072\n"), "{}", finished.stdout);
+    });
+}
+
+#[test]
+#[ignore = "needs an agent: agent/tests/guest.sh"]
+fn a_process_without_limits_of_its_own_may_open_many_files() {
+    run(async {
+        let script = "ulimit -Sn; ulimit -Hn; sleep 100";
+        let container = Container::create("files", &shell(script), output()).await.unwrap();
+        let mut stdout = container.stream("", Stream::Stdout).await;
+        container.start().await.unwrap();
+        stdout.read_until("1024\n1048576\n").await;
+        container.exec("x", &["sh", "-c", "ulimit -Sn; ulimit -Hn"], output(), "").await.unwrap();
+        assert_eq!(container.finish_exec("x").await.stdout, "1024\n1048576\n");
+        container.remove(true).await.unwrap();
+    });
+}
+
+#[test]
+#[ignore = "needs an agent: agent/tests/guest.sh"]
+fn the_propagation_of_the_root_is_what_was_asked_for() {
+    run(async {
+        let script = "grep -oE ' / / .* (shared|unbindable)' /proc/self/mountinfo | grep -oE '[a-z]+$' || echo neither";
+        for (id, word, expected) in [
+            ("prop1", "rprivate", "neither\n"),
+            ("prop2", "rslave", "neither\n"),
+            ("prop3", "rshared", "shared\n"),
+            ("prop4", "runbindable", "unbindable\n"),
+        ] {
+            let mut spec = shell(script);
+            spec["linux"]["rootfsPropagation"] = json!(word);
+            let finished = Container::create(id, &spec, output()).await.unwrap().finish().await;
+            assert_eq!(finished.stdout, expected, "{word}: {}", finished.stderr);
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs an agent: agent/tests/guest.sh"]
+fn a_missing_working_directory_in_a_tmpfs_is_made() {
+    run(async {
+        let mut spec = shell("pwd; stat -c '%u %a' .; touch file && ls");
+        spec["process"]["cwd"] = json!("/tmp/a/b");
+        let finished = Container::create("late1", &spec, output()).await.unwrap().finish().await;
+        assert_eq!(finished.stdout, "/tmp/a/b\n0 755\nfile\n", "{}", finished.stderr);
+        // Only root may write to the root of /dev.
+        spec["process"]["cwd"] = json!("/dev/a");
+        spec["process"]["user"] = json!({"uid": 33, "gid": 33});
+        let error = Container::create("late2", &spec, output()).await.err().unwrap();
+        assert!(error.to_string().contains("/dev/a"), "{error}");
+        assert_eq!(code(Err::<(), _>(error)), Code::INVALID_ARGUMENT);
+    });
+}
+
+#[test]
+#[ignore = "needs an agent: agent/tests/guest.sh"]
+fn programs_are_found_although_access_cannot_be_asked_for() {
+    run(async {
+        let mut spec = shell("echo ran");
+        spec["linux"]["seccomp"] = json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [{"names": ["faccessat2"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1}]
+        });
+        let finished = Container::create("access", &spec, output()).await.unwrap().finish().await;
+        assert_eq!(finished.stdout, "ran\n", "{}", finished.stderr);
+        spec["process"]["args"] = json!(["/etc/passwd"]);
+        assert_eq!(code(Container::create("access", &spec, output()).await), Code::PERMISSION_DENIED);
     });
 }
 
@@ -638,6 +772,7 @@ fn what_is_not_supported_is_refused_by_name() {
             ),
             ("ref8", "/linux/sysctl", json!({"kernel.panic": "1"}), "kernel.panic"),
             ("ref9", "/process/args", json!([]), "process.args"),
+            ("ref10", "/linux/rootfsPropagation", json!("rhidden"), "rhidden"),
         ] {
             let mut spec = shell("true");
             let (parent, name) = path.rsplit_once('/').unwrap();

@@ -3,7 +3,8 @@
 use std::fs;
 use std::io::{self, Read as _};
 use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::path::Path;
+use std::os::unix::fs::fchown;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use bulkhead_protocol::agent::Stdio;
@@ -18,6 +19,7 @@ use oci_spec::runtime::{PosixRlimit, PosixRlimitType, Spec};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::Pid;
+use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer};
 use rustix::termios::{Winsize, tcsetwinsize};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
@@ -63,6 +65,8 @@ pub(super) struct Launch<'a> {
     pub(super) cgroup: String,
     pub(super) stdio: &'a Stdio,
     pub(super) start: &'a str,
+    /// A working directory that the process itself makes and enters.
+    pub(super) late_directory: Option<PathBuf>,
 }
 
 /// Whether the process makes its container or joins it.
@@ -91,7 +95,8 @@ impl Launch<'_> {
             Membership::First => &self.spec,
             Membership::Joining { container } => container,
         };
-        self.give_streams(described, &job)?;
+        let owner = self.owner(described);
+        give_streams(&job, owner)?;
 
         let outcome = job.outcome.take().map_or_else(null, Ok)?;
         let streams = self.streams(&mut job)?;
@@ -137,7 +142,7 @@ impl Launch<'_> {
                 container_name: self.id.to_owned(),
             },
             detached: true,
-            executor: Box::new(Program::new(outcome)),
+            executor: Box::new(Program::new(outcome, self.late_directory.take())),
             no_pivot: false,
             stdin: raw(&streams[0]),
             stdout: raw(&streams[1]),
@@ -163,7 +168,8 @@ impl Launch<'_> {
                 network::loopback_up_of(pid)
                     .map_err(|error| Error::Prepare("bring up the container's loopback device", error))?;
             }
-            let terminal = console.as_ref().map(|(ours, _)| take_terminal(ours, self.stdio)).transpose()?;
+            let take = |(ours, _): &(OwnedFd, OwnedFd)| take_terminal(ours, self.stdio, owner);
+            let terminal = console.as_ref().map(take).transpose()?;
             Ok(Prepared { pid, terminal })
         };
         finish().inspect_err(|_| {
@@ -181,15 +187,10 @@ impl Launch<'_> {
             .map_err(|error| Error::Prepare("set oom_score_adj", error))
     }
 
-    /// Makes the pipes the user's, who may then open `/dev/stdout`, as runc does.
-    fn give_streams(&self, container: &Spec, job: &Job) -> Result<(), Error> {
+    /// Whose the streams are: the user's, who may then open `/dev/stdout`, as runc has it.
+    fn owner(&self, container: &Spec) -> u32 {
         let uid = self.spec.process().as_ref().map_or(0, |process| process.user().uid());
-        let uid = outside_uid(container, uid);
-        for stream in job.stdio.iter().flatten() {
-            std::os::unix::fs::fchown(stream, Some(uid), None)
-                .map_err(|error| Error::Prepare("give a stream to the user", error))?;
-        }
-        Ok(())
+        outside_uid(container, uid)
     }
 
     /// The three standard streams; with a terminal they come from it.
@@ -200,6 +201,12 @@ impl Launch<'_> {
         let mut take = |n: usize| job.stdio[n].take().map_or_else(null, Ok).map(Some);
         Ok([take(0)?, take(1)?, take(2)?])
     }
+}
+
+fn give_streams(job: &Job, owner: u32) -> Result<(), Error> {
+    job.stdio.iter().flatten().try_for_each(|stream| {
+        fchown(stream, Some(owner), None).map_err(|error| Error::Prepare("give a stream to the user", error))
+    })
 }
 
 fn file_and_end((read, write): (OwnedFd, OwnedFd)) -> (fs::File, OwnedFd) {
@@ -223,9 +230,16 @@ fn outside_uid(container: &Spec, uid: u32) -> u32 {
     inside.unwrap_or(uid)
 }
 
-fn take_terminal(socket: &OwnedFd, stdio: &Stdio) -> Result<OwnedFd, Error> {
+/// Takes the terminal that the process has made, and makes its other side the process's user's. That side's group stays what the file system
+/// of terminals gave it.
+fn take_terminal(socket: &OwnedFd, stdio: &Stdio, owner: u32) -> Result<OwnedFd, Error> {
     let (_, received) = receive(socket, &mut [0; 64])?;
     let master = received.into_iter().next().ok_or(Error::NoTerminal)?;
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    ioctl_tiocgptpeer(&master, flags)
+        .map_err(io::Error::from)
+        .and_then(|side| fchown(side, Some(owner), None))
+        .map_err(|error| Error::Prepare("give the terminal to the user", error))?;
     let size = |number: u32| u16::try_from(number).unwrap_or(u16::MAX);
     if stdio.rows > 0 && stdio.columns > 0 {
         let size =

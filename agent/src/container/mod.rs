@@ -10,8 +10,10 @@ mod mounts;
 pub(crate) mod namespaces;
 mod program;
 mod rootfs;
+mod seccomp;
 pub(crate) mod shares;
 mod spec;
+mod sysctl;
 mod user;
 
 use std::fs;
@@ -33,6 +35,7 @@ use launch::{Launch, Membership};
 use mounts::Source;
 use namespaces::Shared;
 use shares::Shares;
+use sysctl::Parameter;
 
 /// Where the agent keeps what belongs to containers, each in a directory of its id's name.
 pub(crate) const DIRECTORY: &str = "/run/bulkhead/containers";
@@ -68,6 +71,8 @@ enum Error {
     #[error(transparent)]
     Limits(#[from] settings::Error),
     #[error(transparent)]
+    Sysctl(#[from] sysctl::Error),
+    #[error(transparent)]
     Launch(#[from] launch::Error),
     #[error("{0}")]
     File(&'static str, #[source] io::Error),
@@ -94,6 +99,7 @@ impl From<Error> for Failure {
             Error::Call(_)
             | Error::Spec(_)
             | Error::User(_)
+            | Error::Sysctl(_)
             | Error::WorkingDirectory(_)
             | Error::Rootfs(
                 rootfs::Error::Nothing
@@ -128,7 +134,7 @@ fn create_parts(call: &CreateContainerRequest, start: &str, mut job: Job) -> Res
     let cgroup = Cgroup::path(id);
     // They are open until libcontainer has joined them, at the end of this function.
     let shared = shared_namespaces(call, std::mem::take(&mut job.namespaces))?;
-    let spec::Configuration { mut spec, limits, sources } =
+    let spec::Configuration { mut spec, limits, sources, parameters } =
         spec::container(&call.spec, &shared, &cgroup, &directory.join("rootfs"))?;
     take_mappings(&mut spec, &call.shared_namespaces)?;
     fs::create_dir(&directory).map_err(|error| Error::File("create the container's directory", error))?;
@@ -144,15 +150,45 @@ fn create_parts(call: &CreateContainerRequest, start: &str, mut job: Job) -> Res
     mounts::check(spec.mounts().as_deref().unwrap_or_default(), &root).map_err(spec::Error::from)?;
     if let Some(process) = spec.process_mut() {
         set_user(process, &root, &call.user)?;
-        rootfs::create_working_directory(&root, process.cwd())?;
         process.set_terminal(Some(call.stdio.terminal));
     }
+    let late_directory = prepare_working_directory(&mut spec, &root)?;
     save(&spec, &directory)?;
     let group = Cgroup::of(id);
     group.create()?;
     limits.apply(&group)?;
-    let launch = Launch { id, spec, directory: &directory, cgroup, stdio: &call.stdio, start };
+    parameters.iter().try_for_each(Parameter::set)?;
+    let stdio = &call.stdio;
+    let launch = Launch { id, spec, directory: &directory, cgroup, stdio, start, late_directory };
     Ok(launch.run(Membership::First, job)?)
+}
+
+/// Makes the working directory where it is to be: in the root, or in a share or memory that is mounted there to be written. One in a tmpfs
+/// that libcontainer has yet to mount is returned: the process itself makes and enters it, from where that is mounted.
+fn prepare_working_directory(spec: &mut Spec, root: &OwnedFd) -> Result<Option<PathBuf>, Error> {
+    let path = spec.process().as_ref().map_or_else(PathBuf::new, |process| process.cwd().clone());
+    let mounts = spec.mounts().as_deref().unwrap_or_default();
+    let Some((mount, rest)) = mounts::covering(mounts, &path) else {
+        rootfs::create_working_directory(root, &path, ResolveFlags::IN_ROOT)?;
+        return Ok(None);
+    };
+    if rest.as_os_str().is_empty() {
+        return Ok(None);
+    }
+    if mount.typ().as_deref() == Some("tmpfs") {
+        let place = spec::clean(mount.destination());
+        if let Some(process) = spec.process_mut() {
+            process.set_cwd(place);
+        }
+        return Ok(Some(path));
+    }
+    if let Some(source) = mounts::writable_source(mount) {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let top = openat(CWD, source, flags, Mode::empty())
+            .map_err(|error| rootfs::Error::WorkingDirectory(path, error.into()))?;
+        rootfs::create_working_directory(&top, &rest, ResolveFlags::BENEATH)?;
+    }
+    Ok(None)
 }
 
 /// The namespaces that PID 1 has opened for a call.
@@ -204,7 +240,8 @@ fn exec_parts(call: &ExecProcessRequest, start: &str, init: i32, job: Job) -> Re
         check_working_directory(&root, process.cwd())?;
         process.set_terminal(Some(call.stdio.terminal));
     }
-    let launch = Launch { id, spec, directory: &directory, cgroup, stdio: &call.stdio, start };
+    let stdio = &call.stdio;
+    let launch = Launch { id, spec, directory: &directory, cgroup, stdio, start, late_directory: None };
     Ok(launch.run(Membership::Joining { container: &container }, job)?)
 }
 

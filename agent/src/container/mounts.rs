@@ -169,6 +169,20 @@ pub(super) fn check(mounts: &[Mount], root: &OwnedFd) -> Result<(), Error> {
     })
 }
 
+/// The mount that a path is in by its name, and the rest of the path below it: the last of several, which covers the others.
+pub(super) fn covering<'a>(mounts: &'a [Mount], path: &Path) -> Option<(&'a Mount, PathBuf)> {
+    mounts.iter().rev().find_map(|mount| {
+        let rest = path.strip_prefix(clean(mount.destination())).ok()?;
+        Some((mount, rest.to_owned()))
+    })
+}
+
+/// What is bind mounted, unless that is for reading only.
+pub(super) fn writable_source(mount: &Mount) -> Option<&Path> {
+    let read_only = mount.options().iter().flatten().any(|option| option == "ro" || option == "rro");
+    mount.source().as_deref().filter(|_| is_bind(mount) && !read_only)
+}
+
 /// Whether a share may be at a path without links: not in the place of the root, of `/dev`, into which libcontainer makes
 /// devices, or of what the kernel says in `/proc`, but for the files that LXCFS replaces, as runc has it.
 fn may_cover(path: &Path) -> bool {
@@ -236,6 +250,28 @@ mod tests {
     fn prepared(mount: &Value) -> Result<(Option<Source>, Mount), Error> {
         let mut mount = serde_json::from_value(mount.clone()).unwrap();
         prepare(&mut mount).map(|source| (source, mount))
+    }
+
+    #[test]
+    fn a_path_is_in_the_last_mount_that_covers_it() {
+        let mounts: Vec<Mount> = serde_json::from_value(json!([
+            {"destination": "/v/inner", "source": "/a", "options": ["rbind"]},
+            {"destination": "/v/", "source": "/b", "options": ["bind", "ro"]},
+            {"destination": "/v/other", "type": "tmpfs"}
+        ]))
+        .unwrap();
+        let covered = |path: &str| covering(&mounts, Path::new(path));
+        let (mount, rest) = covered("/v/inner/x").unwrap();
+        assert_eq!(
+            (mount.source().as_deref(), rest.as_path()),
+            (Some(Path::new("/b")), Path::new("inner/x"))
+        );
+        assert_eq!(writable_source(mount), None);
+        let (mount, rest) = covered("/v/other").unwrap();
+        assert_eq!((mount.typ().as_deref(), rest.as_path()), (Some("tmpfs"), Path::new("")));
+        assert_eq!(writable_source(mount), None);
+        assert_eq!(writable_source(&mounts[0]), Some(Path::new("/a")));
+        assert!(covered("/volume").is_none());
     }
 
     #[test]

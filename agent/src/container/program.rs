@@ -5,9 +5,10 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, NulError};
-use std::fs::File;
+use std::fs::{DirBuilder, File};
 use std::io::Write as _;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -25,12 +26,22 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 #[derive(Clone)]
 pub(super) struct Program {
     outcome: Rc<File>,
+    directory: Option<PathBuf>,
 }
 
 impl Program {
-    /// Failures are written to `outcome`, each in one piece.
-    pub(super) fn new(outcome: OwnedFd) -> Self {
-        Self { outcome: Rc::new(outcome.into()) }
+    /// Failures are written to `outcome`, each in one piece. `directory` is made, if it is missing, and entered.
+    pub(super) fn new(outcome: OwnedFd, directory: Option<PathBuf>) -> Self {
+        Self { outcome: Rc::new(outcome.into()), directory }
+    }
+
+    fn enter(&self) -> Result<(), Failure> {
+        let Some(directory) = &self.directory else { return Ok(()) };
+        let made = DirBuilder::new().recursive(true).mode(0o755).create(directory);
+        made.and_then(|()| std::env::set_current_dir(directory)).map_err(|error| {
+            let text = format!("create the working directory {}: {error}", directory.display());
+            Failure::new(FailureKind::Invalid, text)
+        })
     }
 
     fn report(&self, failure: &Failure) {
@@ -45,7 +56,8 @@ impl Executor for Program {
     /// Finds the program before the host is told that the process is ready to start.
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
         let process = spec.process().as_ref();
-        let found = process.map_or(Err(Failure::new(FailureKind::Invalid, "no process")), find);
+        let process = process.ok_or_else(|| Failure::new(FailureKind::Invalid, "no process"));
+        let found = self.enter().and(process).and_then(find);
         found.map(drop).map_err(|failure| {
             self.report(&failure);
             ExecutorValidationError::ArgValidationError(failure.text)
@@ -101,7 +113,17 @@ fn executable(path: &Path) -> Result<(), Errno> {
     if metadata.is_dir() {
         return Err(Errno::ISDIR);
     }
-    accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS)
+    access(accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS), metadata.mode())
+}
+
+/// Whether a file may be executed. A seccomp filter that does not know `faccessat2` says that it may not be called; then the mode of the
+/// file has to do, as for Go's `exec.LookPath`.
+fn access(said: Result<(), Errno>, mode: u32) -> Result<(), Errno> {
+    match said {
+        Err(Errno::NOSYS | Errno::PERM) if mode & 0o111 != 0 => Ok(()),
+        Err(Errno::NOSYS | Errno::PERM) => Err(Errno::ACCESS),
+        said => said,
+    }
 }
 
 fn execute(program: &Path, process: &Process) -> Result<(), Failure> {
@@ -167,6 +189,15 @@ mod tests {
         assert_eq!(kind(search("", &path)), FailureKind::CommandNotFound);
         assert_eq!(kind(search("/", &path)), FailureKind::CommandNotExecutable);
         assert_eq!(kind(search("/etc/passwd/x", &path)), FailureKind::CommandNotExecutable);
+    }
+
+    #[test]
+    fn the_mode_counts_when_access_cannot_be_asked_for() {
+        for filtered in [Errno::PERM, Errno::NOSYS] {
+            assert_eq!(access(Err(filtered), 0o100_755), Ok(()));
+            assert_eq!(access(Err(filtered), 0o100_644), Err(Errno::ACCESS));
+        }
+        assert_eq!(access(Err(Errno::ACCESS), 0o100_755), Err(Errno::ACCESS));
     }
 
     #[test]

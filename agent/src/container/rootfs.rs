@@ -46,7 +46,7 @@ pub(crate) enum Error {
     Unmount(PathBuf, #[source] io::Error),
     #[error("{0} of the image is not a directory")]
     NotDirectory(&'static str),
-    #[error("create the working directory {0} in the image")]
+    #[error("create the working directory {0}")]
     WorkingDirectory(PathBuf, #[source] io::Error),
 }
 
@@ -85,28 +85,30 @@ pub(crate) fn check(root: &OwnedFd) -> Result<(), Error> {
     Ok(())
 }
 
-/// Makes sure that the working directory exists, as Docker does, with root as its owner. One that a mount will cover, or
-/// that is missing from a read-only root, is left to fail when it is entered. `path` has no `..`.
+/// Makes sure that the working directory exists, as Docker does, with root as its owner. `top` is the container's root, with
+/// [`ResolveFlags::IN_ROOT`] for links, or what is mounted above it, with [`ResolveFlags::BENEATH`]; `path` has no `..`. One that is missing from
+/// what is read-only, or that is behind a link out of a mount, is left to fail when it is entered.
 ///
 /// # Errors
 /// [`Error::WorkingDirectory`] when a part of it is no directory.
-pub(crate) fn create_working_directory(root: &OwnedFd, path: &Path) -> Result<(), Error> {
+pub(crate) fn create_working_directory(top: &OwnedFd, path: &Path, links: ResolveFlags) -> Result<(), Error> {
     let fail = |error: Errno| Error::WorkingDirectory(path.to_owned(), error.into());
-    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let resolve = links | ResolveFlags::NO_MAGICLINKS;
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let mut walked = PathBuf::new();
-    let mut parent = rustix::io::dup(root).map_err(fail)?;
+    let mut parent = rustix::io::dup(top).map_err(fail)?;
     for part in path.components() {
         let std::path::Component::Normal(name) = part else { continue };
         walked.push(name);
-        // The whole path again each time: a link in it is resolved from the container's root.
-        parent = match openat2(root, &walked, flags, Mode::empty(), resolve) {
+        // The whole path again each time: a link in it is resolved from the top.
+        parent = match openat2(top, &walked, flags, Mode::empty(), resolve) {
             Ok(found) => found,
             Err(Errno::NOENT) => match mkdirat(&parent, name, Mode::from_raw_mode(0o755)) {
-                Ok(()) => openat2(root, &walked, flags, Mode::empty(), resolve).map_err(fail)?,
+                Ok(()) => openat2(top, &walked, flags, Mode::empty(), resolve).map_err(fail)?,
                 Err(Errno::ROFS) => return Ok(()),
                 Err(error) => return Err(fail(error)),
             },
+            Err(Errno::XDEV) => return Ok(()),
             Err(error) => return Err(fail(error)),
         };
     }
@@ -327,11 +329,23 @@ mod tests {
         let (directory, opened) = root();
         let outside = tempfile::tempdir().unwrap();
         symlink(outside.path(), directory.path().join("out")).unwrap();
-        create_working_directory(&opened, Path::new("/a//b/c")).unwrap();
+        create_working_directory(&opened, Path::new("/a//b/c"), ResolveFlags::IN_ROOT).unwrap();
         assert!(directory.path().join("a/b/c").is_dir());
         // The link leads to a path that does not exist below the root: nothing is made anywhere.
-        assert!(create_working_directory(&opened, Path::new("/out/x")).is_err());
+        assert!(create_working_directory(&opened, Path::new("/out/x"), ResolveFlags::IN_ROOT).is_err());
         assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_working_directory_behind_a_link_out_of_a_mount_is_left_alone() {
+        let (directory, opened) = root();
+        symlink("/tmp", directory.path().join("out")).unwrap();
+        fs::create_dir(directory.path().join("inner")).unwrap();
+        symlink("inner", directory.path().join("in")).unwrap();
+        create_working_directory(&opened, Path::new("out/x"), ResolveFlags::BENEATH).unwrap();
+        create_working_directory(&opened, Path::new("in/x"), ResolveFlags::BENEATH).unwrap();
+        assert!(directory.path().join("inner/x").is_dir());
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 3);
     }
 
     #[test]

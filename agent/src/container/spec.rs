@@ -12,6 +12,8 @@ use oci_spec::runtime::{
 
 use super::mounts::{self, Source};
 use super::namespaces::{self, Shared};
+use super::seccomp;
+use super::sysctl::{self, Parameter};
 use crate::cgroup::limits::Limits;
 use crate::cgroup::settings;
 
@@ -32,6 +34,10 @@ pub(crate) enum Error {
     Mount(#[from] mounts::Error),
     #[error(transparent)]
     Limits(#[from] settings::Error),
+    #[error(transparent)]
+    Sysctl(#[from] sysctl::Error),
+    #[error("rootfsPropagation {0:?} is not known")]
+    Propagation(String),
     #[error("{0} is no path of a device: it begins with /dev/ and has no . or ..")]
     Device(PathBuf),
     #[error("the working directory {0} is not absolute")]
@@ -51,6 +57,8 @@ pub(super) struct Configuration {
     pub(super) limits: Limits,
     /// What it bind mounts.
     pub(super) sources: Vec<Source>,
+    /// For the guest's network.
+    pub(super) parameters: Vec<Parameter>,
 }
 
 /// Parses a `config.json` and makes it what libcontainer shall run.
@@ -72,6 +80,7 @@ pub(super) fn container(
 
     let mut linux = spec.linux().clone().ok_or(Error::Missing("linux section"))?;
     let limits = prepare_linux(&mut linux, shared)?;
+    let parameters = sysctl::take(&mut linux)?;
     linux.set_cgroups_path(Some(cgroup.into()));
     spec.set_linux(Some(linux));
 
@@ -91,7 +100,7 @@ pub(super) fn container(
     if let Some(mounts) = spec.mounts() {
         libcontainer::utils::validate_mount_options(mounts).map_err(Error::MountOption)?;
     }
-    Ok(Configuration { spec, limits, sources })
+    Ok(Configuration { spec, limits, sources, parameters })
 }
 
 /// Parses the `process` of an exec and puts it into the configuration of the container that it joins, whose init has
@@ -220,8 +229,12 @@ fn prepare_linux(linux: &mut Linux, shared: &Shared) -> Result<Limits, Error> {
     }
     // A label of SELinux: see `note_labels`.
     linux.set_mount_label(None);
-    if let Some(seccomp) = linux.seccomp() {
-        check_seccomp(seccomp)?;
+    let propagation = linux.rootfs_propagation().as_deref().map_or(Ok(None), propagation)?;
+    linux.set_rootfs_propagation(propagation.map(ToOwned::to_owned));
+    if let Some(mut filter) = linux.seccomp().clone() {
+        check_seccomp(&filter)?;
+        seccomp::answer_newer_calls(&mut filter);
+        linux.set_seccomp(Some(filter));
     }
     for device in linux.devices().iter().flatten() {
         // libcontainer compares the names alone.
@@ -238,6 +251,17 @@ fn prepare_linux(linux: &mut Linux, shared: &Shared) -> Result<Limits, Error> {
     devices.set_devices(resources.devices().clone());
     linux.set_resources(Some(devices));
     Ok(limits)
+}
+
+/// What the propagation of the root is to libcontainer, which knows no recursive forms. Mounts of the guest are private, and so are the
+/// container's copies of them; what is shared is shared with the namespaces that are made in the container.
+fn propagation(word: &str) -> Result<Option<&'static str>, Error> {
+    match word {
+        "" | "private" | "rprivate" | "slave" | "rslave" => Ok(None),
+        "shared" | "rshared" => Ok(Some("shared")),
+        "unbindable" | "runbindable" => Ok(Some("unbindable")),
+        unknown => Err(Error::Propagation(unknown.to_owned())),
+    }
 }
 
 /// A filter that asks a supervisor needs one in the guest.
@@ -348,6 +372,39 @@ mod tests {
         let process = spec.process().as_ref().unwrap();
         assert_eq!((process.apparmor_profile(), process.selinux_label()), (&None, &None));
         assert_eq!(spec.linux().as_ref().unwrap().mount_label(), &None);
+    }
+
+    #[test]
+    fn propagation_is_what_libcontainer_knows() {
+        for (word, expected) in [
+            ("", None),
+            ("private", None),
+            ("rslave", None),
+            ("shared", Some("shared")),
+            ("rshared", Some("shared")),
+            ("runbindable", Some("unbindable")),
+        ] {
+            let mut json = minimal();
+            json["linux"]["rootfsPropagation"] = json!(word);
+            let spec = prepare(&json).unwrap();
+            assert_eq!(spec.linux().as_ref().unwrap().rootfs_propagation().as_deref(), expected, "{word}");
+        }
+        let mut json = minimal();
+        json["linux"]["rootfsPropagation"] = json!("rhidden");
+        assert!(prepare(&json).unwrap_err().to_string().contains("rhidden"));
+    }
+
+    #[test]
+    fn parameters_of_the_guests_network_are_the_agents() {
+        let mut json = minimal();
+        json["linux"]["sysctl"] = json!({"net.ipv4.ip_unprivileged_port_start": "0"});
+        let root = Path::new("/r");
+        let prepared = container(json.to_string().as_bytes(), &Vec::new(), "/bulkhead/c", root).unwrap();
+        assert_eq!(prepared.parameters.len(), 1);
+        assert_eq!(prepared.spec.linux().as_ref().unwrap().sysctl().iter().flatten().count(), 0);
+        // Those of a namespace that the container does not have are not.
+        json["linux"]["sysctl"] = json!({"kernel.shmmax": "4096"});
+        assert!(prepare(&json).unwrap_err().to_string().contains("kernel.shmmax"));
     }
 
     #[test]

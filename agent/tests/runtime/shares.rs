@@ -214,3 +214,25 @@ fn containers_on_one_share_are_made_side_by_side() {
         assert_eq!(mounts.matches("/run/bulkhead/shares ").count(), 1, "{mounts}");
     });
 }
+
+#[test]
+#[ignore = "needs an agent: agent/tests/guest.sh"]
+fn a_missing_working_directory_is_made_in_the_share_that_it_is_in() {
+    run(async {
+        fs::create_dir(host("work")).unwrap();
+        let mut spec = shell("pwd; stat -c '%u %a' .; touch file");
+        bind(&mut spec, "work", "/v", &["rbind"]);
+        spec["process"]["cwd"] = json!("/v/a/b");
+        let container = Container::create_on("work1", &spec, output(), share("root")).await.unwrap();
+        let finished = container.finish().await;
+        assert_eq!(finished.stdout, "/v/a/b\n0 755\n", "{}", finished.stderr);
+        assert!(host("work/a/b/file").exists());
+        assert!(host("root/v").is_dir() && !host("root/v/a").exists());
+
+        let mut spec = shell("true");
+        bind(&mut spec, "work", "/v", &["rbind", "ro"]);
+        spec["process"]["cwd"] = json!("/v/c");
+        assert!(Container::create("work2", &spec, output()).await.is_err());
+        assert!(!host("work/c").exists());
+    });
+}

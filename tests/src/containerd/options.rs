@@ -4,7 +4,8 @@ use std::io::Write;
 use std::process::{Command, Stdio};
 
 use bulkhead_tests::bulkhead::{eventually, expect_code, stderr, stdout};
-use bulkhead_tests::ctr::{Events, NAMESPACE, in_background, is_runc, run, run_command, spawn, tasks};
+use bulkhead_tests::ctr::{Events, NAMESPACE, ctr, in_background, is_runc, run, run_command, spawn, tasks};
+use bulkhead_tests::files::tool;
 use bulkhead_tests::terminal::Terminal;
 use bulkhead_tests::vm::{Result, ensure};
 use libtest_mimic::Trial;
@@ -33,6 +34,9 @@ pub(crate) fn tests() -> Vec<Trial> {
             disks,
         ),
         trial("limits: a share of a CPU is a quota of the container's group", cpus),
+        trial("options: a terminal is its user's, who may open it", terminal_owner),
+        trial("options: a terminal that is closed and opened again goes on", terminal_again),
+        trial("options: a working directory that is missing is made in the mount that it is in", directories),
     ]
 }
 
@@ -188,6 +192,10 @@ fn disks() -> Result {
     let classes = classes.to_str().ok_or("a temporary directory")?;
     let options = |class| ["--blockio-config-file", classes, "--blockio-class", class];
     let container = in_background("slow", &options("slow"), &["sleep", "1000"])?;
+    // ctr leaves out, without an error, what it cannot find out about a disk.
+    let asked = tool(&mut ctr(["container", "info", "--spec", "slow"]))?;
+    let asked = &serde_json::from_slice::<Value>(&asked)?["linux"]["resources"]["blockIO"];
+    ensure(asked["throttleReadBpsDevice"][0]["rate"] == 1_000_000, || format!("ctr asks for {asked}"))?;
     let limit = std::fs::read_to_string(format!("/sys/fs/cgroup/{NAMESPACE}/slow/io.max"))?;
     container.end()?;
     ensure(limit.contains("rbps=1000000"), || format!("{limit:?}"))?;
@@ -224,4 +232,36 @@ fn cpus() -> Result {
         expect_code(&child.wait_with_output()?, 137)?;
     }
     Ok(())
+}
+
+/// What a script shows on a terminal, once it has shown `last` and ended.
+fn on_terminal(options: &[&str], script: &str, last: &str) -> Result {
+    let terminal = Terminal::new()?;
+    let options = [&["--rm", "--tty"], options].concat();
+    let mut child = terminal.start(&mut run_command("once", &options, &["sh", "-c", script])?)?;
+    terminal.shows(last)?;
+    let status = child.wait()?;
+    ensure(status.code() == Some(5), || format!("{status}"))
+}
+
+fn terminal_owner() -> Result {
+    let script = "echo owner $(stat -c %u $(tty)) >/dev/stdout; exit 5";
+    on_terminal(&["--user", "1000"], script, "owner 1000")
+}
+
+fn terminal_again() -> Result {
+    let script = "exec <&- >&- 2>&-; sleep 1; echo first >/dev/console; sleep 1; exec >/dev/console; echo second; exit 5";
+    on_terminal(&[], script, "second")
+}
+
+fn directories() -> Result {
+    let volume = tempfile::tempdir()?;
+    let mount = format!("type=bind,src={},dst=/volume,options=rbind:rw", volume.path().display());
+    let script = "pwd; stat -c '%u %a' .";
+    let output = run(&["--mount", &mount, "--cwd", "/volume/a/b"], &["sh", "-c", script])?;
+    ensure(stdout(&output) == "/volume/a/b\n0 755\n", || format!("{output:?}"))?;
+    ensure(volume.path().join("a/b").is_dir(), || "it is not in the volume".to_owned())?;
+    let mount = "type=tmpfs,src=tmpfs,dst=/volume,options=mode=755";
+    let output = run(&["--mount", mount, "--cwd", "/volume/a/b"], &["sh", "-c", script])?;
+    ensure(stdout(&output) == "/volume/a/b\n0 755\n", || format!("{output:?}"))
 }
