@@ -1,6 +1,6 @@
 //! What the guest has open.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -19,15 +19,14 @@ pub enum Open {
 
 #[derive(Debug)]
 struct Handle {
-    node: u64,
     share: u64,
     open: Open,
 }
 
-/// All of it, by ids that are never used twice.
+/// All of it, by node and by ids that are never used twice.
 #[derive(Debug)]
 pub struct Handles {
-    open: HashMap<u64, Handle>,
+    open: BTreeMap<(u64, u64), Handle>,
     next: u64,
     max: usize,
 }
@@ -35,7 +34,7 @@ pub struct Handles {
 impl Handles {
     /// None, but there may be so many.
     pub fn new(max: usize) -> Self {
-        Self { open: HashMap::new(), next: 1, max }
+        Self { open: BTreeMap::new(), next: 1, max }
     }
 
     /// Asked before something is opened.
@@ -50,7 +49,7 @@ impl Handles {
     pub fn insert(&mut self, node: u64, share: u64, open: Open) -> u64 {
         let id = self.next;
         self.next += 1;
-        self.open.insert(id, Handle { node, share, open });
+        self.open.insert((node, id), Handle { share, open });
         id
     }
 
@@ -59,7 +58,7 @@ impl Handles {
     /// # Errors
     /// EBADF otherwise.
     pub fn get(&self, id: u64, node: u64) -> Result<&Open, Errno> {
-        self.open.get(&id).filter(|handle| handle.node == node).map(|handle| &handle.open).ok_or(Errno::BADF)
+        self.open.get(&(node, id)).map(|handle| &handle.open).ok_or(Errno::BADF)
     }
 
     /// An open regular file.
@@ -73,16 +72,25 @@ impl Handles {
         }
     }
 
+    /// A node's file or directory, if it is open at all: what it is of, whatever has become of its name.
+    pub fn of(&self, node: u64) -> Option<Arc<OwnedFd>> {
+        let (_, handle) = self.open.range((node, 0)..=(node, u64::MAX)).next()?;
+        match &handle.open {
+            Open::File(open) | Open::Directory(open, _) => Some(Arc::clone(open)),
+            Open::Root => None,
+        }
+    }
+
     /// The kernel has arrived elsewhere in a directory.
-    pub fn set_position(&mut self, id: u64, to: u64) {
-        if let Some(Handle { open: Open::Directory(_, position), .. }) = self.open.get_mut(&id) {
+    pub fn set_position(&mut self, id: u64, node: u64, to: u64) {
+        if let Some(Handle { open: Open::Directory(_, position), .. }) = self.open.get_mut(&(node, id)) {
             *position = to;
         }
     }
 
     /// Closes something.
-    pub fn remove(&mut self, id: u64) {
-        self.open.remove(&id);
+    pub fn remove(&mut self, id: u64, node: u64) {
+        self.open.remove(&(node, id));
     }
 
     /// Closes what is open of a share.
@@ -92,7 +100,7 @@ impl Handles {
 
     /// Closes everything.
     pub fn clear(&mut self) {
-        self.open = HashMap::new();
+        self.open = BTreeMap::new();
     }
 }
 
@@ -112,6 +120,22 @@ mod tests {
         for (handle, node) in [(file, 6), (file + 9, 5), (root, 1), (0, 5)] {
             assert_eq!(handles.file(handle, node).err(), Some(Errno::BADF));
         }
+    }
+
+    #[test]
+    fn a_node_is_found_open_until_its_last_handle_is_gone() {
+        let mut handles = Handles::new(8);
+        let (first, second) = (handles.insert(5, 1, file()), handles.insert(5, 2, file()));
+        handles.insert(1, 0, Open::Root);
+        handles.remove(first, 6);
+        for node in [0, 1, 4, 6, u64::MAX] {
+            assert!(handles.of(node).is_none(), "{node}");
+        }
+        assert!(handles.of(5).is_some());
+        handles.remove(first, 5);
+        assert!(handles.of(5).is_some());
+        handles.close_share(2);
+        assert!(handles.of(5).is_none() && handles.get(second, 5).is_err());
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::ffi::CStr;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, chmodat, openat2};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, chmodat, fstatfs, openat2};
 use rustix::io::Errno;
 
 use crate::attributes::Attributes;
@@ -37,6 +37,54 @@ const KERNEL_MAGIC: [(i64, &str); 20] = [
 /// for those that keep files.
 pub fn kernel_file_system(magic: i64) -> Option<&'static str> {
     KERNEL_MAGIC.iter().find(|(known, _)| *known == magic).map(|(_, name)| *name)
+}
+
+/// What statfs(2) says of file systems whose files are kept elsewhere.
+const REMOTE_MAGIC: [i64; 13] = [
+    0x6969,      // NFS_SUPER_MAGIC, linux/magic.h
+    0x517b,      // SMB_SUPER_MAGIC, linux/magic.h
+    0xff53_4d42, // CIFS_SUPER_MAGIC, linux/magic.h
+    0xfe53_4d42, // SMB2_SUPER_MAGIC, linux/magic.h
+    0x6573_5546, // FUSE_SUPER_MAGIC, linux/magic.h
+    0x00c3_6400, // CEPH_SUPER_MAGIC, linux/magic.h
+    0x0102_1997, // V9FS_MAGIC, linux/magic.h
+    0x5346_414f, // AFS_SUPER_MAGIC, linux/magic.h
+    0x6b41_4653, // AFS_FS_MAGIC, linux/magic.h
+    0x7375_7245, // CODA_SUPER_MAGIC, linux/magic.h
+    0x2003_0528, // ORANGEFS_SUPER_MAGIC, fs/orangefs/protocol.h of Linux
+    0x0bd0_0bd0, // LL_SUPER_MAGIC, lustre_user.h of Lustre
+    0x1983_0326, // BEEGFS_MAGIC, FhgfsOpsSuper.h of BeeGFS
+];
+
+/// What kind of file system a file is on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileSystem {
+    /// One of the host's own: what was written without an error can be lost by a disk only, and root may do what it likes.
+    Local,
+    /// One that is kept elsewhere: that there is no room may come out at close(2) only, and root may be taken for nobody there.
+    Remote,
+    /// One through which the host's kernel is looked at and steered.
+    Kernel,
+}
+
+impl FileSystem {
+    /// That of a file.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn of(file: impl AsFd) -> Result<Self, Errno> {
+        fstatfs(file).map(|stat| Self::from_magic(stat.f_type))
+    }
+
+    fn from_magic(magic: i64) -> Self {
+        if kernel_file_system(magic).is_some() {
+            Self::Kernel
+        } else if REMOTE_MAGIC.contains(&magic) {
+            Self::Remote
+        } else {
+            Self::Local
+        }
+    }
 }
 
 /// Opens a name in a directory, and nothing else: no link of any kind is followed.
@@ -125,6 +173,16 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
+
+    #[test]
+    fn file_systems_are_told_apart() {
+        let temporary = std::fs::File::open(std::env::temp_dir()).unwrap();
+        assert_eq!(FileSystem::of(&temporary), Ok(FileSystem::Local));
+        assert_eq!(FileSystem::of(std::fs::File::open("/proc").unwrap()), Ok(FileSystem::Kernel));
+        for magic in [libc::NFS_SUPER_MAGIC, libc::FUSE_SUPER_MAGIC, libc::CODA_SUPER_MAGIC] {
+            assert_eq!(FileSystem::from_magic(magic), FileSystem::Remote, "{magic:x}");
+        }
+    }
 
     #[test]
     fn links_are_opened_but_never_followed() {

@@ -13,6 +13,7 @@ use rustix::io::Errno;
 
 use crate::attributes::{Attributes, Content, Identity};
 use crate::descriptors::{Descriptors, Slot};
+use crate::host::FileSystem;
 
 /// The root directory's id, which is FUSE's. It is in no table.
 pub const ROOT: u64 = 1;
@@ -40,8 +41,8 @@ pub struct Node {
     pub content: Option<Box<Content>>,
     /// When it was made, as far as its time of modification tells, if it is a symbolic link: the guest keeps where the link of a node leads.
     made: Option<Duration>,
-    /// It is mounted here, and nothing of it is the guest's but that it is there.
-    pub(crate) closed: bool,
+    /// What it is on: that of its parent, unless something is mounted here. Of the kernel's, nothing is the guest's but that it is there.
+    pub(crate) file_system: FileSystem,
     /// Its descriptor.
     pub(crate) slot: Option<Slot>,
     /// How often the guest has looked it up and not forgotten it.
@@ -125,6 +126,11 @@ impl Nodes {
         }
         let id = self.next;
         self.next += 1;
+        let mut file_system = FileSystem::Local;
+        if let Some(parent) = self.table.get_mut(&parent) {
+            parent.children += 1;
+            file_system = parent.file_system;
+        }
         let node = Node {
             share,
             parent,
@@ -133,14 +139,11 @@ impl Nodes {
             kind: found.kind(),
             content: None,
             made: made(found),
-            closed: false,
+            file_system,
             slot: None,
             lookups: 1,
             children: 0,
         };
-        if let Some(parent) = self.table.get_mut(&parent) {
-            parent.children += 1;
-        }
         self.table.insert(id, node);
         self.put_in_index(id, share, identity);
         Ok(id)

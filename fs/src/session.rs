@@ -10,7 +10,7 @@ use crate::attributes::{Attributes, Identity};
 use crate::control::ShareKind;
 use crate::directory::ReadAhead;
 use crate::handles::Handles;
-use crate::host::{OwnDescriptors, open_in};
+use crate::host::{FileSystem, OwnDescriptors, open_in};
 use crate::identity::Identities;
 use crate::nodes::{DEPTH_MAX, Nodes, ROOT};
 use crate::operations;
@@ -48,8 +48,10 @@ pub struct Passed {
     pub file: Arc<OwnedFd>,
     /// Its handle.
     pub handle: u64,
-    /// The node that the guest learns of by the same reply.
-    pub node: Option<u64>,
+    /// Its node.
+    pub node: u64,
+    /// The guest learns of the node by the same reply.
+    pub is_new: bool,
 }
 
 /// What INIT has settled.
@@ -96,6 +98,7 @@ pub(crate) struct At {
     pub(crate) kind: ShareKind,
     pub(crate) file_type: FileType,
     pub(crate) identity: Identity,
+    pub(crate) file_system: FileSystem,
     pub(crate) descriptor: Arc<OwnedFd>,
 }
 
@@ -185,9 +188,9 @@ impl Session {
 
     /// The reply did not reach the VMM: it has no such file, and the guest does not know the node.
     pub fn take_back(&mut self, passed: &Passed) {
-        self.handles.remove(passed.handle);
-        if let Some(node) = passed.node {
-            self.nodes.forget(node, 1);
+        self.handles.remove(passed.handle, passed.node);
+        if passed.is_new {
+            self.nodes.forget(passed.node, 1);
         }
     }
 
@@ -199,7 +202,7 @@ impl Session {
         if node == ROOT {
             return Err(Errno::ROFS);
         }
-        if self.nodes.get(node)?.closed {
+        if self.nodes.get(node)?.file_system == FileSystem::Kernel {
             return Err(Errno::ACCESS);
         }
         let descriptor = self.descriptor(node)?;
@@ -215,6 +218,7 @@ impl Session {
             kind: self.shares.get(known.share)?.kind,
             file_type: known.kind,
             identity: known.identity,
+            file_system: known.file_system,
             descriptor: Arc::clone(descriptor),
         })
     }
@@ -233,7 +237,8 @@ impl Session {
         Ok(())
     }
 
-    /// The descriptor of a node. If it is not kept, it is opened again by name, from the nearest directory above whose descriptor is.
+    /// The descriptor of a node. If it is not kept and the guest does not have the file open, it is opened again by name, from the nearest
+    /// directory above of which there is one.
     fn descriptor(&mut self, node: u64) -> Result<Arc<OwnedFd>, Errno> {
         let mut way = Vec::new();
         let mut at = node;
@@ -245,6 +250,9 @@ impl Session {
             }
             if let Some(kept) = slot.and_then(|slot| self.nodes.descriptors.get(slot)) {
                 break kept;
+            }
+            if let Some(open) = self.handles.of(at) {
+                break open;
             }
             if way.len() == DEPTH_MAX {
                 return Err(Errno::LOOP);
@@ -284,7 +292,7 @@ impl Session {
     /// The attributes of a node, for which it need not be opened.
     pub(crate) fn attributes(&mut self, node: u64) -> Result<Attributes, Errno> {
         let known = self.nodes.get(node)?;
-        if known.slot.is_some() || known.parent == ROOT {
+        if known.slot.is_some() || known.parent == ROOT || self.handles.of(node).is_some() {
             return Attributes::of(&*self.descriptor(node)?);
         }
         let parent = known.parent;

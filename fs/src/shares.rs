@@ -11,6 +11,7 @@ use rustix::io::Errno;
 
 use crate::attributes::Attributes;
 use crate::control::ShareKind;
+use crate::host::FileSystem;
 use crate::wire::{FOPEN_CACHE_DIR, FOPEN_KEEP_CACHE};
 
 /// A directory or a file of the host under a name in the root directory.
@@ -22,6 +23,8 @@ pub struct Share {
     pub kind: ShareKind,
     /// Refuses changes.
     pub read_only: bool,
+    /// What it is on.
+    pub file_system: FileSystem,
     /// What is shared.
     pub root: Arc<OwnedFd>,
 }
@@ -91,7 +94,9 @@ impl Shares {
             FileType::Directory | FileType::RegularFile | FileType::Socket | FileType::Fifo => {}
             other => return Err(ShareError::Type(other)),
         }
-        self.table.insert(self.next, Share { name: name.into(), kind, read_only, root: Arc::new(root) });
+        let file_system = FileSystem::of(&root).map_err(ShareError::Look)?;
+        let share = Share { name: name.into(), kind, read_only, file_system, root: Arc::new(root) };
+        self.table.insert(self.next, share);
         self.next += 1;
         Ok(())
     }

@@ -45,6 +45,7 @@ pub mod opcode {
     pub const GETXATTR: u32 = 22;
     pub const LISTXATTR: u32 = 23;
     pub const REMOVEXATTR: u32 = 24;
+    pub const FLUSH: u32 = 25;
     pub const INIT: u32 = 26;
     pub const OPENDIR: u32 = 27;
     pub const READDIR: u32 = 28;
@@ -108,6 +109,8 @@ pub const FSYNC_FDATASYNC: u32 = 1;
 pub const FOPEN_KEEP_CACHE: u32 = 1 << 1;
 /// `FOPEN_CACHE_DIR`: the guest may cache what it reads of the directory.
 pub const FOPEN_CACHE_DIR: u32 = 1 << 3;
+/// `FOPEN_NOFLUSH`: the guest need not ask what close(2) says of the file. It has no effect with WRITEBACK_CACHE.
+pub const FOPEN_NOFLUSH: u32 = 1 << 5;
 /// `FUSE_ATTR_SUBMOUNT`: the directory is on another file system than its parent.
 pub const ATTR_SUBMOUNT: u32 = 1;
 

@@ -91,14 +91,14 @@ fn list(session: &mut Session, header: &InHeader, mut body: Reader<'_>, form: Fo
             let at = session.at_open(header.node, &directory)?;
             let mut batch = match session.read_ahead.take(handle, offset) {
                 Some(batch) => batch,
-                None => read_batch(session, handle, &directory, position, offset)?,
+                None => read_batch(session, (handle, header.node), &directory, position, offset)?,
             };
             while !batch.is_empty() {
                 if !listing.add_all(session, &at, &directory, &mut batch)? {
                     break;
                 }
                 let offset = batch.end();
-                batch = read_batch(session, handle, &directory, offset, offset)?;
+                batch = read_batch(session, (handle, header.node), &directory, offset, offset)?;
             }
             session.read_ahead.keep(handle, batch);
         }
@@ -106,10 +106,10 @@ fn list(session: &mut Session, header: &InHeader, mut body: Reader<'_>, form: Fo
     Ok(listing.reply)
 }
 
-/// What the kernel has from an offset on.
+/// What the kernel has from an offset on of the directory with this handle and node.
 fn read_batch(
     session: &mut Session,
-    handle: u64,
+    (handle, node): (u64, u64),
     directory: &std::os::fd::OwnedFd,
     position: u64,
     offset: u64,
@@ -119,10 +119,10 @@ fn read_batch(
             return Err(Errno::INVAL);
         }
         seek(directory, SeekFrom::Start(offset))?;
-        session.handles.set_position(handle, offset);
+        session.handles.set_position(handle, node, offset);
     }
     let batch = Batch::read(directory, offset)?;
-    session.handles.set_position(handle, batch.end());
+    session.handles.set_position(handle, node, batch.end());
     Ok(batch)
 }
 

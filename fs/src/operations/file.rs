@@ -12,10 +12,12 @@ use super::inode::write_entry;
 use crate::attributes::Attributes;
 use crate::control::ShareKind;
 use crate::handles::Open;
-use crate::host::open_in;
+use crate::host::{FileSystem, open_in};
 use crate::nodes::ROOT;
 use crate::session::{At, Passed, Session};
-use crate::wire::{FOPEN_KEEP_CACHE, FSYNC_FDATASYNC, InHeader, OPEN_KILL_SUIDGID, Reader, Writer};
+use crate::wire::{
+    FOPEN_KEEP_CACHE, FOPEN_NOFLUSH, FSYNC_FDATASYNC, InHeader, OPEN_KILL_SUIDGID, Reader, Writer,
+};
 use crate::worker::Work;
 
 /// How a file is opened. O_DIRECT is dropped, since the guest's buffers are not aligned as the host's disk wants it.
@@ -51,6 +53,11 @@ impl Wanted {
         }
     }
 
+    /// What is opened can be written to.
+    fn writes(self) -> bool {
+        self.flags.intersects(OFlags::ACCMODE)
+    }
+
     fn changes(self) -> Result<bool> {
         Ok(self.access()? != OFlags::RDONLY || self.flags.contains(OFlags::TRUNC))
     }
@@ -65,7 +72,7 @@ pub(super) fn open(session: &mut Session, header: &InHeader, mut body: Reader<'_
     session.handles.check_room()?;
     let (file, at) = open_node(session, header.node, wanted)?;
     let mut reply = Writer::reply();
-    pass(session, &at, header.node, file, None, &mut reply);
+    pass(session, &at, header.node, file, wanted, &mut reply);
     Ok(reply)
 }
 
@@ -88,17 +95,18 @@ fn open_node(session: &mut Session, node: u64, wanted: Wanted) -> Result<(OwnedF
     Ok((file, at))
 }
 
-/// `fuse_open_out`, and the file that goes with it.
-fn pass(session: &mut Session, at: &At, node: u64, file: OwnedFd, new: Option<u64>, to: &mut Writer) {
+/// `fuse_open_out`, and the file that goes with it. It was found at its own node, or made in a directory.
+fn pass(session: &mut Session, at: &At, node: u64, file: OwnedFd, wanted: Wanted, to: &mut Writer) {
     let file = Arc::new(file);
     let handle = session.handles.insert(node, at.share, Open::File(Arc::clone(&file)));
-    let flags = match at.kind {
+    let cache = match at.kind {
         ShareKind::Root => FOPEN_KEEP_CACHE,
         ShareKind::Bind if is_unchanged(session, node, &file) => FOPEN_KEEP_CACHE,
         ShareKind::Bind => 0,
     };
-    to.u64(handle).u32(flags).u32(0);
-    session.passed = Some(Passed { file, handle, node: new });
+    let flush = if at.file_system == FileSystem::Remote && wanted.writes() { 0 } else { FOPEN_NOFLUSH };
+    to.u64(handle).u32(cache | flush).u32(0);
+    session.passed = Some(Passed { file, handle, node, is_new: node != at.node });
 }
 
 /// True when nobody has changed a file since the guest opened it last. What others do to it from now on, the guest learns from its time of
@@ -130,7 +138,7 @@ pub(super) fn create(session: &mut Session, header: &InHeader, mut body: Reader<
             let found = Attributes::of(&file)?;
             let mut reply = Writer::reply();
             let node = write_entry(session, &at, name.as_c_str(), &found, &mut reply)?;
-            pass(session, &at, node, file, Some(node), &mut reply);
+            pass(session, &at, node, file, wanted, &mut reply);
             Ok(reply)
         }
         Err(Errno::EXIST) if !wanted.exclusive => Err(Errno::STALE),
@@ -163,7 +171,7 @@ pub(super) fn create_unnamed(
     if let Some(slot) = session.nodes.get(node)?.slot {
         session.nodes.descriptors.pin(slot);
     }
-    pass(session, &at, node, file, Some(node), &mut reply);
+    pass(session, &at, node, file, wanted, &mut reply);
     Ok(reply)
 }
 
@@ -171,7 +179,7 @@ pub(super) fn create_unnamed(
 pub(super) fn release(session: &mut Session, header: &InHeader, mut body: Reader<'_>) -> Result<Writer> {
     let handle = body.u64()?;
     session.handles.get(handle, header.node)?;
-    session.handles.remove(handle);
+    session.handles.remove(handle, header.node);
     session.read_ahead.remove(handle);
     Ok(Writer::reply())
 }

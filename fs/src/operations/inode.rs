@@ -4,15 +4,14 @@ use std::ffi::CStr;
 use std::sync::Arc;
 
 use rustix::fs::{
-    AtFlags, FileType, Gid, OFlags, Timespec, Timestamps, Uid, chownat, fstatfs, ftruncate, readlinkat,
-    utimensat,
+    AtFlags, FileType, Gid, OFlags, Timespec, Timestamps, Uid, chownat, ftruncate, readlinkat, utimensat,
 };
 use rustix::io::Errno;
 
 use super::Result;
 use crate::attributes::{Attributes, write_root, write_timeouts};
 use crate::handles::Open;
-use crate::host::{kernel_file_system, open_in};
+use crate::host::{FileSystem, open_in};
 use crate::nodes::ROOT;
 use crate::session::{At, Session};
 use crate::wire::{ATTR_SUBMOUNT, GETATTR_FH, InHeader, Reader, Writer, fattr, opcode};
@@ -54,13 +53,16 @@ pub(super) fn write_entry(
     found: &Attributes,
     to: &mut Writer,
 ) -> Result<u64> {
-    let closed = found.identity().mount != at.identity.mount && {
-        let mounted = open_in(&*at.descriptor, name, OFlags::PATH, 0)?;
-        kernel_file_system(fstatfs(&mounted)?.f_type).is_some()
+    let mounted = if found.identity().mount == at.identity.mount {
+        None
+    } else {
+        Some(FileSystem::of(open_in(&*at.descriptor, name, OFlags::PATH, 0)?)?)
     };
     let id = session.nodes.enter(at.share, at.node, name, found)?;
-    if closed && let Some(node) = session.nodes.get_mut(id) {
-        node.closed = true;
+    if let Some(file_system) = mounted
+        && let Some(node) = session.nodes.get_mut(id)
+    {
+        node.file_system = file_system;
     }
     let flags = submount(session, found, at.identity.device);
     to.u64(id).u64(0);
@@ -72,9 +74,12 @@ pub(super) fn write_entry(
 /// The same, of a share in the root directory. Its name must be looked up each time, since it may be gone or another's.
 pub(super) fn write_share(session: &mut Session, id: u64, to: &mut Writer) -> Result<Attributes> {
     let share = session.shares.get(id)?;
-    let (found, kind) = (Attributes::of(&*share.root)?, share.kind);
+    let (found, kind, file_system) = (Attributes::of(&*share.root)?, share.kind, share.file_system);
     let name = std::ffi::CString::new(share.name.as_bytes()).map_err(|_| Errno::INVAL)?;
     let node = session.nodes.enter(id, ROOT, &name, &found)?;
+    if let Some(known) = session.nodes.get_mut(node) {
+        known.file_system = file_system;
+    }
     let flags = submount(session, &found, 0);
     to.u64(node).u64(0);
     write_timeouts(to, std::time::Duration::ZERO, kind.timeout());

@@ -1,4 +1,5 @@
-//! The tree of names: making, removing, renaming and linking.
+//! The tree of names: making, removing, renaming and linking. Who makes something looks at it, too: a directory of a network file system may
+//! be closed to root.
 
 use std::ffi::CStr;
 use std::sync::Arc;
@@ -32,10 +33,8 @@ pub(super) fn make_directory(
 ) -> Result<Writer> {
     let (mode, mask, name) = (body.u32()?, body.u32()?, body.name()?);
     let at = session.at_for_change(header.node)?;
-    {
-        let _assumed = session.identities.assume(header.uid, header.gid, mask)?;
-        mkdirat(&*at.descriptor, name.as_c_str(), Mode::from_raw_mode(mode & 0o7777))?;
-    }
+    let _assumed = session.identities.assume(header.uid, header.gid, mask)?;
+    mkdirat(&*at.descriptor, name.as_c_str(), Mode::from_raw_mode(mode & 0o7777))?;
     made(session, &at, name)
 }
 
@@ -53,11 +52,9 @@ pub(super) fn make_node(session: &mut Session, header: &InHeader, mut body: Read
         _ => return Err(Errno::INVAL),
     }
     let at = session.at_for_change(header.node)?;
-    {
-        let _assumed = session.identities.assume(header.uid, header.gid, mask)?;
-        let mode = Mode::from_raw_mode(mode & 0o7777);
-        mknodat(&*at.descriptor, name.as_c_str(), kind, mode, decode_device(device))?;
-    }
+    let _assumed = session.identities.assume(header.uid, header.gid, mask)?;
+    let mode = Mode::from_raw_mode(mode & 0o7777);
+    mknodat(&*at.descriptor, name.as_c_str(), kind, mode, decode_device(device))?;
     made(session, &at, name)
 }
 
@@ -65,10 +62,8 @@ pub(super) fn make_node(session: &mut Session, header: &InHeader, mut body: Read
 pub(super) fn make_symlink(session: &mut Session, header: &InHeader, mut body: Reader<'_>) -> Result<Writer> {
     let (name, target) = (body.name()?, body.text()?);
     let at = session.at_for_change(header.node)?;
-    {
-        let _assumed = session.identities.assume(header.uid, header.gid, 0)?;
-        symlinkat(target, &*at.descriptor, name.as_c_str())?;
-    }
+    let _assumed = session.identities.assume(header.uid, header.gid, 0)?;
+    symlinkat(target, &*at.descriptor, name.as_c_str())?;
     made(session, &at, name)
 }
 
@@ -140,14 +135,12 @@ fn rename_to(
     if old.share != new.share {
         return Err(Errno::XDEV);
     }
+    // A whiteout that it leaves is the guest's as well.
+    let _assumed = session.identities.assume(header.uid, header.gid, 0)?;
     if !flags.intersects(RenameFlags::EXCHANGE | RenameFlags::NOREPLACE) {
         pin_known(session, &new, new_name.as_c_str());
     }
-    {
-        // A whiteout that it leaves is the guest's as well.
-        let _assumed = session.identities.assume(header.uid, header.gid, 0)?;
-        renameat_with(&*old.descriptor, old_name.as_c_str(), &*new.descriptor, new_name.as_c_str(), flags)?;
-    }
+    renameat_with(&*old.descriptor, old_name.as_c_str(), &*new.descriptor, new_name.as_c_str(), flags)?;
     follow(session, &new, new_name.as_c_str());
     if flags.contains(RenameFlags::EXCHANGE) {
         follow(session, &old, old_name.as_c_str());

@@ -188,9 +188,21 @@ fn a_file_is_found_again_when_its_descriptor_had_to_go() {
     }
     assert!(host.session.nodes.get(4).unwrap().slot.is_none());
     assert!(host.session.at(4).is_ok(), "by way of its parent");
-    fs::rename(share.join("d"), share.join("other")).unwrap();
+    fs::rename(share.join("d/e"), share.join("d/other")).unwrap();
     for node in 7..20 {
         host.session.at(node).unwrap();
     }
     assert_eq!(host.session.at(4).err(), Some(Errno::STALE));
+    // But for what is open.
+    let (f, d) = (5, 3);
+    fs::remove_file(share.join("f")).unwrap();
+    fs::rename(share.join("d"), share.join("moved")).unwrap();
+    for (node, handle) in [(f, 1), (d, 4)] {
+        assert!(host.session.nodes.get(node).unwrap().slot.is_none());
+        assert!(host.session.attributes(node).is_ok() && host.session.at(node).is_ok(), "{node}");
+        let mut body = Writer::default();
+        body.u64(handle).zeros(16);
+        host.send(opcode::RELEASE, node, &body.0).unwrap();
+        assert_eq!(host.session.at(node).err(), Some(Errno::STALE), "{node}");
+    }
 }

@@ -126,6 +126,7 @@ fn the_data_of_a_file_is_what_it_was_opened_for() {
     for wrong in [handle, u64::MAX, 1 << 32, write_only + 1] {
         assert!(guest.read(f, wrong, 0, 100, 100).is_err(), "{wrong}");
         assert!(guest.write_file(f, wrong, 0, 4, b"evil").is_err(), "{wrong}");
+        assert_eq!(guest.flush(f, wrong), Err(EBADF), "{wrong}");
     }
     assert_eq!(fs::read(host.path("share/f")).unwrap(), b"insane");
     host.check();

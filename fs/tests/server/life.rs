@@ -81,6 +81,83 @@ fn a_file_that_was_removed_lives_on_while_it_is_known() {
     assert_eq!(server.attributes(node), Err(libc::ESTALE));
 }
 
+/// Has all descriptors go that are only kept.
+fn crowd_out(server: &mut Server, root: u64, host: &Path) {
+    for name in 0..100 {
+        fs::write(host.join(format!("{name}")), "").unwrap();
+        let node = server.walk(root, &[&format!("{name}")]);
+        let (handle, _) = server.open(node, O_RDONLY).unwrap();
+        server.release(node, handle).unwrap();
+    }
+}
+
+#[test]
+fn what_the_guest_has_open_it_may_look_at_and_change_whatever_others_do_to_its_name() {
+    let Some(mut server) = Server::start(&["--nofile", "128"]) else { return };
+    let host = tempfile::tempdir().unwrap();
+    fs::write(host.path().join("old"), "1").unwrap();
+    let root = server.share_root(host.path());
+    let (made, made_handle, _) =
+        server.create(opcode::CREATE, root, "log", O_WRONLY | O_APPEND, 0o600, 0).unwrap();
+    let old = server.walk(root, &["old"]);
+    let (old_handle, _) = server.open(old, O_WRONLY).unwrap();
+    let (second_handle, _) = server.open(old, O_RDONLY).unwrap();
+    crowd_out(&mut server, root, host.path());
+    // One is rotated away, the other one removed.
+    fs::rename(host.path().join("log"), host.path().join("log.1")).unwrap();
+    fs::write(host.path().join("log"), "another").unwrap();
+    fs::remove_file(host.path().join("old")).unwrap();
+    for (node, links) in [(made.node, 1), (old, 0)] {
+        assert_eq!(server.attributes(node).unwrap().links, links);
+        let all = fattr::MODE | fattr::SIZE | fattr::ATIME | fattr::MTIME;
+        let set = server.set(node, all, [5, 77, 0o640, 0, 0]).unwrap();
+        assert_eq!((set.size, set.mode & 0o777), (5, 0o640));
+        match server.set_xattr(node, "user.a", b"x") {
+            Err(libc::EOPNOTSUPP) => {
+                println!("skipped: no extended attributes on the file system of temporary files");
+            }
+            other => other.unwrap(),
+        }
+        // As by /proc/self/fd.
+        let (again, file) = server.open(node, O_RDONLY).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 5);
+        server.release(node, again).unwrap();
+    }
+    let rotated = fs::metadata(host.path().join("log.1")).unwrap();
+    assert_eq!((rotated.len(), rotated.mtime(), rotated.mode() & 0o777), (5, 77, 0o640));
+    assert_eq!(fs::read(host.path().join("log")).unwrap(), b"another");
+    // As long as it is open, by whatever handle.
+    server.release(old, old_handle).unwrap();
+    crowd_out(&mut server, root, host.path());
+    assert_eq!(server.attributes(old).unwrap().links, 0);
+    for (node, handle) in [(made.node, made_handle), (old, second_handle)] {
+        server.release(node, handle).unwrap();
+        crowd_out(&mut server, root, host.path());
+        assert_eq!(server.attributes(node), Err(ESTALE));
+        assert_eq!(server.set(node, fattr::MODE, [0, 0, 0o600, 0, 0]).err(), Some(ESTALE));
+    }
+}
+
+#[test]
+fn a_directory_that_the_guest_has_open_is_used_whatever_others_do_to_its_name() {
+    let Some(mut server) = Server::start(&["--nofile", "128"]) else { return };
+    let host = tempfile::tempdir().unwrap();
+    fs::create_dir_all(host.path().join("d/e")).unwrap();
+    let root = server.share_root(host.path());
+    let d = server.walk(root, &["d"]);
+    let e = server.walk(d, &["e"]);
+    let handle = server.open_directory(d).unwrap();
+    crowd_out(&mut server, root, host.path());
+    fs::rename(host.path().join("d"), host.path().join("moved")).unwrap();
+    assert_eq!(server.attributes(d).unwrap().mode & libc::S_IFMT, libc::S_IFDIR);
+    server.make_directory(d, "new", 0o700, 0).unwrap();
+    server.attributes(e).unwrap();
+    assert!(host.path().join("moved/new").is_dir());
+    server.release(d, handle).unwrap();
+    crowd_out(&mut server, root, host.path());
+    assert_eq!(server.attributes(d), Err(ESTALE));
+}
+
 #[test]
 fn what_is_renamed_or_exchanged_is_still_the_same() {
     let Some(mut server) = Server::start(&["--nofile", "128"]) else { return };
@@ -94,13 +171,7 @@ fn what_is_renamed_or_exchanged_is_still_the_same() {
     server.rename((root, "d"), (root, "moved"), 0).unwrap();
     server.rename((root, "g"), (e, "f"), libc::RENAME_EXCHANGE).unwrap();
     assert_eq!(server.rename((root, "g"), (e, "f"), libc::RENAME_NOREPLACE), Err(EEXIST));
-    // All descriptors have to go by the way.
-    for name in 0..100 {
-        fs::write(host.path().join(format!("{name}")), "").unwrap();
-        let node = server.walk(root, &[&format!("{name}")]);
-        let (handle, _) = server.open(node, O_RDONLY).unwrap();
-        server.release(node, handle).unwrap();
-    }
+    crowd_out(&mut server, root, host.path());
     for (node, size) in [(f, 1), (g, 5)] {
         assert_eq!(server.attributes(node).unwrap().size, size);
         server.open(node, O_RDONLY).unwrap();

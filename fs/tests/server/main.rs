@@ -8,6 +8,7 @@ mod directories;
 mod guest;
 mod hostile;
 mod life;
+mod network;
 mod owners;
 mod ring;
 mod shares;

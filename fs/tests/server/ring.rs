@@ -253,6 +253,11 @@ impl Guest {
         self.call(opcode::WRITE, node, &body).map(|written| Reader(&written).u32().unwrap())
     }
 
+    /// FLUSH, as for a close(2) of the guest's.
+    pub(crate) fn flush(&mut self, node: u64, handle: u64) -> Result<()> {
+        self.call(opcode::FLUSH, node, &[&handle.to_le_bytes()[..], &[0; 16]].concat()).map(drop)
+    }
+
     pub(crate) fn release(&mut self, node: u64, handle: u64) -> Result<()> {
         self.call(opcode::RELEASE, node, &[&handle.to_le_bytes()[..], &[0; 16]].concat()).map(drop)
     }

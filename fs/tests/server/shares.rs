@@ -19,7 +19,7 @@ fn what_the_guest_may_remember_depends_on_who_else_changes_it() {
     let host = tempfile::tempdir().unwrap();
     fs::write(host.path().join("a"), "").unwrap();
     for (name, kind, seconds, keep, cache) in
-        [("root", ShareKind::Root, 3600, 2, 10), ("bind", ShareKind::Bind, 1, 0, 0)]
+        [("root", ShareKind::Root, 3600, 2 | 32, 10), ("bind", ShareKind::Bind, 1, 32, 0)]
     {
         server.share(name, host.path(), kind, false);
         let share = server.lookup(1, name).unwrap();

@@ -152,7 +152,7 @@ fn page_report() -> impl Strategy<Value = Vec<Piece>> {
 /// Chains that are nearly what a driver of a file system sends, and what they hold.
 fn file_request() -> impl Strategy<Value = (Vec<Piece>, Vec<u8>)> {
     let opcode = prop_oneof![
-        2 => prop::sample::select(vec![1u32, 2, 3, 14, 18, 35, 36, 38, 42]),
+        2 => prop::sample::select(vec![1u32, 2, 3, 14, 18, 25, 35, 36, 38, 42]),
         1 => any::<u32>(),
     ];
     let body = prop_oneof![4 => Just(8usize), 2 => 0..200usize, 1 => 0..5000usize];

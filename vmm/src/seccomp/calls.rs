@@ -142,7 +142,8 @@ pub(super) const FILES: &[Call] = &[
     // Between those files and guest memory.
     any(SYS_preadv),
     any(SYS_pwritev),
-    only(SYS_fcntl, 1, &[bits(libc::F_GETFL), bits(libc::F_SETFL)]),
+    // Whether they append. A second descriptor, to learn what close says of it.
+    only(SYS_fcntl, 1, &[bits(libc::F_GETFL), bits(libc::F_SETFL), bits(libc::F_DUPFD_CLOEXEC)]),
 ];
 
 /// A vCPU's thread.

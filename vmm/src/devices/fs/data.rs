@@ -1,9 +1,9 @@
-//! READ and WRITE, which the server does not see: data between files and guest memory.
+//! READ, WRITE and FLUSH, which the server does not see: data between files and guest memory, and whether it has arrived.
 
 use std::fs::File;
 
 use super::buffer::Buffer;
-use super::wire::{self, DATA_IN, DataIn, IN_HEADER, OUT_HEADER};
+use super::wire::{self, DATA_IN, DataIn, FLUSH_IN, IN_HEADER, OUT_HEADER};
 use super::{DATA_MAX, Fs, Wait};
 use crate::devices::transfer::{Direction, transfer};
 use crate::memory::Memory;
@@ -76,6 +76,24 @@ impl Fs {
             }
             Err(errno) => self.answer(memory, unique, Err(errno)),
         }
+    }
+
+    /// FLUSH: says what close(2) says of a file, which stays open. The guest's kernel asks when a program closes one that the server did not
+    /// give FOPEN_NOFLUSH.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub(super) fn flush(&mut self, memory: &Memory, unique: u64) -> Result<Fate, DeviceError> {
+        if self.readable.bytes() < IN_HEADER + FLUSH_IN {
+            return self.answer(memory, unique, Err(libc::EINVAL));
+        }
+        let mut asked = [0; FLUSH_IN];
+        self.readable.read(memory, IN_HEADER, &mut asked)?;
+        let result = match self.handles.get(wire::long(&asked, 0)) {
+            Some(open) => open.flush().map_err(|error| error.raw_os_error().unwrap_or(libc::EIO)),
+            None => Err(libc::EBADF),
+        };
+        self.answer(memory, unique, result.map(|()| &[][..]))
     }
 
     /// What READ or WRITE at hand asks for, if it is within bounds.

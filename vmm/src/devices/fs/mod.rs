@@ -5,7 +5,7 @@
 //!
 //! The server is at the other end of a SEQPACKET socket. One packet is one request as the driver wrote it, but for `unique`, or one
 //! reply to it, with the same `unique`:
-//! - READ and WRITE stay here, and so does INTERRUPT, which may be ignored.
+//! - READ, WRITE and FLUSH stay here, and so does INTERRUPT, which may be ignored.
 //! - A reply to OPEN, CREATE or TMPFILE carries the file (`SCM_RIGHTS`). RELEASE closes it here and goes on to the server.
 //! - FORGET, BATCH_FORGET and DESTROY are not replied to. A reset of the device is a DESTROY.
 //!
@@ -19,7 +19,7 @@
 //! - [`buffer`]: where a request is in guest memory
 //! - [`pending`]: the requests that the server works on
 //! - [`handles`]: the files that the guest has open
-//! - [`data`]: READ and WRITE
+//! - [`data`]: READ, WRITE and FLUSH
 //! - [`server`]: the socket
 //! - [`replies`]: what comes back from it
 //!
@@ -163,11 +163,12 @@ impl Fs {
             }
             _ if self.server.fd().is_none() => return self.answer(memory, header.unique, Err(libc::EIO)),
             // These may wait: for room among the pages to be written, for a file's end.
-            Operation::Write | Operation::Release | Operation::Destroy if self.on_vcpu => {
+            Operation::Write | Operation::Flush | Operation::Release | Operation::Destroy if self.on_vcpu => {
                 return Ok(self.leave(queue, Wait::Worker));
             }
             Operation::Read => return self.read(queue, memory, header.unique),
             Operation::Write => return self.write(memory, header.unique),
+            Operation::Flush => return self.flush(memory, header.unique),
             _ if length > REQUEST_MAX => return self.answer(memory, header.unique, Err(libc::EIO)),
             Operation::Destroy => {
                 // The guest has nothing to do but to wait for the answer, so it gets that now.

@@ -7,6 +7,8 @@ pub(super) const IN_HEADER: usize = 40;
 pub(super) const OUT_HEADER: usize = 16;
 /// Bytes of `fuse_read_in` and of `fuse_write_in`, which begin alike.
 pub(super) const DATA_IN: usize = 40;
+/// Bytes of `fuse_flush_in`, which begins with the file's handle.
+pub(super) const FLUSH_IN: usize = 24;
 /// Bytes of `fuse_open_out`, which begins with the file's handle.
 const OPEN_OUT: usize = 16;
 /// Bytes of `fuse_entry_out`, which comes before it when the file is new.
@@ -30,6 +32,8 @@ pub(super) enum Operation {
     Open { handle_at: usize },
     /// RELEASE
     Release,
+    /// FLUSH
+    Flush,
     /// INTERRUPT, which may be ignored.
     Interrupt,
     /// DESTROY
@@ -47,6 +51,7 @@ impl Operation {
             15 => Self::Read,
             16 => Self::Write,
             18 => Self::Release,
+            25 => Self::Flush,
             35 | 51 => Self::Open { handle_at: OUT_HEADER + ENTRY_OUT },
             36 => Self::Interrupt,
             38 => Self::Destroy,

@@ -17,6 +17,11 @@ fn content(file: &File) -> Vec<u8> {
     bytes
 }
 
+/// `fuse_flush_in`
+fn flush_in(handle: u64) -> Vec<u8> {
+    [&handle.to_le_bytes()[..], &[0; 16]].concat()
+}
+
 fn write_in(handle: u64, offset: u64, data: &[u8]) -> Vec<u8> {
     [&data_in(handle, offset, u32::try_from(data.len()).unwrap())[..], data].concat()
 }
@@ -121,6 +126,11 @@ fn a_vcpu_leaves_what_may_wait_to_the_devices_thread() {
         assert_eq!(content(&target), b"text");
         target.set_len(0).unwrap();
     }
+    world.put(REQUESTS, 0, &request(op::FLUSH, 11, &flush_in(6)), &[], &[16]);
+    world.notify(REQUESTS).unwrap();
+    assert!(world.used(REQUESTS).is_empty() && world.handed_over(REQUESTS));
+    world.process_on_thread(REQUESTS).unwrap();
+    assert_eq!(world.answer().error(), 0);
     for (opcode, body) in [(op::RELEASE, &6u64.to_le_bytes()[..]), (op::DESTROY, &[])] {
         world.put(REQUESTS, 0, &request(opcode, 11, body), &[], &[16]);
         world.notify(REQUESTS).unwrap();
@@ -263,6 +273,26 @@ fn a_released_file_is_closed_and_the_server_is_told() {
     assert_eq!(world.answer().error(), 0);
     assert_eq!(world.ask_device(op::READ, &data_in(5, 0, 4), 4).error(), -libc::EBADF);
     assert_eq!(world.ask_device(op::READ, &data_in(6, 0, 4), 4).body(), b"text");
+}
+
+/// For close(2) to fail takes a file system that does so: see `fs/tests/server/network.rs`.
+#[test]
+fn a_flush_closes_a_second_descriptor_and_leaves_the_file_open() {
+    let target = file(b"text");
+    let mut world = World::new();
+    world.open(5, &target);
+    for _ in 0..3 {
+        assert_eq!(world.ask_device(op::FLUSH, &flush_in(5), 0).body(), b"");
+    }
+    assert_eq!(open_files(&target), 2);
+    assert_eq!(world.ask_device(op::READ, &data_in(5, 0, 4), 4).body(), b"text");
+    for handle in [0, 6, u64::MAX] {
+        assert_eq!(world.ask_device(op::FLUSH, &flush_in(handle), 0).error(), -libc::EBADF);
+    }
+    for length in [0, 8, 23] {
+        assert_eq!(world.ask_device(op::FLUSH, &flush_in(5)[..length], 0).error(), -libc::EINVAL);
+    }
+    assert!(world.asked().is_none(), "the server has no part in it");
 }
 
 #[test]

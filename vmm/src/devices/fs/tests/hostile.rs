@@ -185,7 +185,7 @@ enum Act {
 
 fn act() -> impl Strategy<Value = Act> {
     let opcode = prop_oneof![
-        4 => prop::sample::select(vec![1, 2, 3, 14, 15, 16, 18, 35, 36, 38, 42, 51]),
+        4 => prop::sample::select(vec![1, 2, 3, 14, 15, 16, 18, 25, 35, 36, 38, 42, 51]),
         1 => any::<u32>(),
     ];
     let bytes = |max| prop::collection::vec(any::<u8>(), 0..max);

@@ -197,6 +197,8 @@ fn the_devices_work_is_within_the_filters_of_the_threads_that_do_it() {
         body[32..36].copy_from_slice(&libc::O_APPEND.to_le_bytes());
         assert_eq!(world.ask_device(op::WRITE, &body, 8).error(), 0);
         assert_eq!(world.ask_device(op::READ, &data_in(5, 0, 9), 9).body(), b"text");
+        let flush = [&5u64.to_le_bytes()[..], &[0; 16]].concat();
+        assert_eq!(world.ask_device(op::FLUSH, &flush, 0).error(), 0);
         world.ask(0, op::RELEASE, &5u64.to_le_bytes(), 0);
         world.hang_up();
         world.work(VirtioDevice::process_host).unwrap();

@@ -39,6 +39,7 @@ mod op {
     pub(super) const READ: u32 = 15;
     pub(super) const WRITE: u32 = 16;
     pub(super) const RELEASE: u32 = 18;
+    pub(super) const FLUSH: u32 = 25;
     pub(super) const CREATE: u32 = 35;
     pub(super) const INTERRUPT: u32 = 36;
     pub(super) const DESTROY: u32 = 38;
