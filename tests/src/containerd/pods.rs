@@ -1,18 +1,22 @@
 //! Several containers of one pod.
 
-use std::path::Path;
+use std::fs::{create_dir, read_to_string, write};
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use bulkhead_tests::bulkhead::{eventually, expect_code, stderr, stdout};
 use bulkhead_tests::ctr::{
     Container, NAMESPACE, in_background, is_runc, processes_called, run_command, status, tasks,
 };
+use bulkhead_tests::files::tool;
 use bulkhead_tests::vm::{Result, ensure};
 use libtest_mimic::Trial;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::stat::{major, minor, stat};
 use nix::unistd::Pid;
 
-use crate::roots::KeptTree;
+use crate::roots::{KeptTree, Loop};
 use crate::trial;
 
 pub(crate) fn tests() -> Vec<Trial> {
@@ -24,6 +28,7 @@ pub(crate) fn tests() -> Vec<Trial> {
         trial("pods: the shared memory of a pod is that of all its containers", shared_memory),
         trial("pods: a container joins after another one has gone", joins_later),
         trial("pods: a container joins after the machine has been killed", joins_after_kill),
+        trial("pods: who reads much at once from a slow disk is killed, and the others go on", slow_reader),
         trial(
             "pods: an annotation that is not allowed is refused in a container that joins, too",
             annotations,
@@ -110,6 +115,62 @@ fn annotations() -> Result {
         let said = stderr(&output);
         ensure(said.contains("the annotation io.bulkhead.vm.cpus is not allowed"), || said)?;
     }
+    expect_code(&pod.exec(&["true"])?, 0)?;
+    pod.end()
+}
+
+/// A mounted disk of 64 MiB with a file that takes up half of it.
+struct SlowDisk {
+    directory: tempfile::TempDir,
+    disk: Loop,
+}
+
+impl SlowDisk {
+    fn new() -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let [image, tree, mounted] = ["image", "tree", "mounted"].map(|name| directory.path().join(name));
+        create_dir(&tree)?;
+        create_dir(&mounted)?;
+        write(tree.join("large"), vec![1; 32 << 20])?;
+        tool(Command::new("mke2fs").args(["-q", "-t", "ext4", "-d"]).arg(&tree).arg(&image).arg("64M"))?;
+        let disk = Loop::new(&image)?;
+        mount(Some(disk.name()), &mounted, Some("ext4"), MsFlags::empty(), None::<&str>)?;
+        Ok(Self { directory, disk })
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.path().join("mounted")
+    }
+
+    /// Lets a control group read a megabyte in a second. Returns its file that tells how much it has read of what.
+    fn limit(&self, group: &Path) -> Result<PathBuf> {
+        let device = stat(self.disk.name())?.st_rdev;
+        write(group.join("io.max"), format!("{}:{} rbps=1000000", major(device), minor(device)))?;
+        Ok(group.join("io.stat"))
+    }
+}
+
+impl Drop for SlowDisk {
+    fn drop(&mut self) {
+        let _ = umount2(&self.path(), MntFlags::empty());
+    }
+}
+
+fn slow_reader() -> Result {
+    let disk = SlowDisk::new()?;
+    let pod = sandbox("pod", &[])?;
+    let bind = format!("type=bind,src={},dst=/disk,options=rbind", disk.path().display());
+    let script = "until test -e /disk/go; do sleep 0.1; done; exec dd if=/disk/large of=/dev/null bs=32M";
+    let reader = member("pod", "reader", &["--mount", &bind], &["sh", "-c", script])?;
+    // Who reads for it is in the pod's group.
+    let group = if is_runc() { "reader" } else { "pod" };
+    let read = disk.limit(&Path::new("/sys/fs/cgroup").join(NAMESPACE).join(group))?;
+    write(disk.path().join("go"), "")?;
+    eventually("the disk is read", || Ok(read_to_string(&read)?.contains(" rbytes=")))?;
+    reader.kill("KILL")?;
+    let code = reader.wait()?;
+    ensure(code == 137, || format!("exit code {code}"))?;
+    reader.delete()?;
     expect_code(&pod.exec(&["true"])?, 0)?;
     pod.end()
 }
