@@ -35,6 +35,8 @@ use crate::descriptor::{Descriptor, nonblocking};
 const BUFFER: usize = 64 << 10;
 /// How long a terminal is left alone that no process has open, and one that was so before when it has nothing to read or no room.
 const CLOSED_TERMINAL_PAUSE: Duration = Duration::from_millis(50);
+/// How long it is left alone at last while no process opens it.
+const CLOSED_TERMINAL_PAUSE_MAX: Duration = Duration::from_millis(500);
 
 /// The agent's ends of a process's streams, until connections claim them.
 #[derive(Default)]
@@ -212,6 +214,7 @@ impl Streams {
     /// only when the process has ended.
     async fn fill_with_output(&self, buffer: &mut Vec<u8>, end: &Descriptor) -> io::Result<()> {
         let mut ended = self.ended.subscribe();
+        let mut pause = CLOSED_TERMINAL_PAUSE;
         loop {
             // What was written before the process ended is read after this.
             let last = *ended.borrow();
@@ -222,7 +225,8 @@ impl Streams {
             if last {
                 return Ok(());
             }
-            let _ = timeout(CLOSED_TERMINAL_PAUSE, ended.wait_for(|&ended| ended)).await;
+            let _ = timeout(pause, ended.wait_for(|&ended| ended)).await;
+            pause = (2 * pause).min(CLOSED_TERMINAL_PAUSE_MAX);
         }
     }
 

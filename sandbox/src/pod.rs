@@ -15,7 +15,7 @@ use rustix::process::geteuid;
 use tokio::runtime::Handle;
 use tokio::sync::OnceCell;
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 use ttrpc::Code;
 
 use crate::agent::{Agent, AgentError};
@@ -44,6 +44,9 @@ use crate::vmm::Jail;
 pub const SOCKET_FILE: &str = "vsock";
 /// How long the processes of a machine that was not made may take to be gone.
 const GONE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a container waits for the removal of one of the same name, and how often it looks.
+const REMOVAL_TIMEOUT: Duration = Duration::from_secs(10);
+const REMOVAL_PAUSE: Duration = Duration::from_millis(20);
 /// How long a machine whose agent is gone may take to be known as ended: longer than its VMM may take to be, so that its end is
 /// told, and not only that the agent is gone.
 const END_TIMEOUT: Duration = DEATH_TIMEOUT.saturating_add(Duration::from_secs(5));
@@ -108,6 +111,9 @@ pub enum PodError {
         /// The last lines of its console.
         console: Vec<String>,
     },
+    /// One of the same name was deleted before the guest had let go of it.
+    #[error("the guest is still removing the container {0} of before: try again later, or use another id")]
+    StillThere(String),
     /// The machine does not take a device.
     #[error(transparent)]
     Grow(#[from] GrowError),
@@ -176,6 +182,7 @@ impl PodError {
             | Self::Cgroup(CgroupError::Path(_))
             | Self::Storage(StorageError::Layers(_) | StorageError::Format(_)) => ErrorKind::InvalidArgument,
             Self::Storage(StorageError::Slot(_)) => ErrorKind::ResourceExhausted,
+            Self::StillThere(_) => ErrorKind::FailedPrecondition,
             Self::Agent(error) | Self::Grow(GrowError::Agent(error)) => error.kind(),
             Self::Grow(GrowError::Vmm(ControlError::Timeout(..)))
             | Self::Sandbox(SandboxError::NotReady(_))
@@ -346,6 +353,7 @@ impl Pod {
                 size.cpus
             );
         }
+        self.vacated(container.id).await?;
         let prepared = Prepared::make(container, self.size, self.storage).await?;
         let plan = Plan::new(prepared, &mut locked(&self.slots), &mut locked(&self.shared), self.size)?;
         let id = &plan.request.container_id;
@@ -356,6 +364,18 @@ impl Pod {
             self.release(id).await;
         }
         made
+    }
+
+    /// Waits until what a deleted container of this name held has been given back, which the guest may yet have to let go of.
+    async fn vacated(&self, id: &str) -> Result<(), PodError> {
+        let until = Instant::now() + REMOVAL_TIMEOUT;
+        while locked(&self.containers).contains_key(id) {
+            if Instant::now() > until {
+                return Err(PodError::StillThere(id.to_owned()));
+            }
+            sleep(REMOVAL_PAUSE).await;
+        }
+        Ok(())
     }
 
     async fn make(&self, plan: &Plan) -> Result<(), PodError> {

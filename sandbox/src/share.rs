@@ -6,6 +6,8 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use nix::libc;
 use rustix::fs::CWD;
@@ -17,6 +19,10 @@ use rustix::mount::{
 
 /// Longest value of an option that the kernel takes, in bytes.
 const VALUE_MAX: usize = 255;
+
+/// How long an overlay waits for another mount of its upper directory to go, and how often it looks.
+const IN_USE_TIMEOUT: Duration = Duration::from_secs(2);
+const IN_USE_PAUSE: Duration = Duration::from_millis(20);
 
 /// Why a directory cannot be shared.
 #[derive(Debug, thiserror::Error)]
@@ -69,7 +75,7 @@ pub fn bind(path: &Path, depth: Depth, read_only: bool) -> Result<OwnedFd, Share
 ///
 /// The guest tells files apart by that. As overlays are by default, the names of a file of a lower layer become files of their own when they
 /// are written to (`index`), and directories of layers on different file systems may get another number at any time (`xino`). Where the
-/// kernel cannot do better, it is as the options say: while another mount has the same upper directory, for one.
+/// kernel cannot do better, it is as the options say: while another mount has the same upper directory, for one. Blocks.
 ///
 /// # Errors
 /// [`ShareError`] names the option that the kernel refused.
@@ -80,9 +86,21 @@ pub fn overlay(options: &[String]) -> Result<OwnedFd, ShareError> {
         let kept =
             options.iter().filter(|option| !option.starts_with("index=") && !option.starts_with("xino="));
         let stable: Vec<_> = kept.cloned().chain(["index=on", "xino=on"].map(String::from)).collect();
-        match overlay_as_told(&stable) {
-            Ok(mount) => return Ok(mount),
-            Err(error) => tracing::debug!(%error, "an overlay's files may change their inode numbers"),
+        let until = Instant::now() + IN_USE_TIMEOUT;
+        loop {
+            match overlay_as_told(&stable) {
+                // The kernel may not be done with the container that had it before.
+                Err(ShareError::Overlay { source, .. })
+                    if source.raw_os_error() == Some(libc::EBUSY) && Instant::now() < until =>
+                {
+                    sleep(IN_USE_PAUSE);
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "hard links of an image may come apart when they are written to");
+                    break;
+                }
+                mount => return mount,
+            }
         }
     }
     overlay_as_told(options)

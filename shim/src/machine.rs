@@ -7,13 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::Duration;
 
-use bulkhead_protocol::limits::REMOVE_TIMEOUT_S;
-use bulkhead_sandbox::agent::Agent;
+use bulkhead_sandbox::agent::{Agent, Code};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::Interest;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::record;
 use bulkhead_sandbox::cgroup::SandboxCgroup;
@@ -25,12 +24,11 @@ const STOP_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long a VMM may take to be torn down by the kernel, which frees the guest's memory.
 const GONE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How often the guest is asked to remove a container, and the time between.
-const REMOVE_TRIES: u32 = 3;
+/// The time between two requests to the guest to remove a container.
 const REMOVE_PAUSE: Duration = Duration::from_secs(1);
-/// How long the removal of a container is waited for whose last writes are on their way to a disk of the host, which may be slow: as long as
-/// the guest is asked for it.
-pub(crate) const WRITE_TIMEOUT: Duration = Duration::from_secs(REMOVE_TRIES as u64 * (REMOVE_TIMEOUT_S + 1));
+/// For how long it is asked, and the removal of a container waited for whose last writes are on their way to a disk of the host, which may
+/// be slow.
+pub(crate) const WRITE_TIMEOUT: Duration = Duration::from_mins(3);
 
 /// A machine.
 pub(crate) struct Machine {
@@ -151,15 +149,21 @@ impl Machine {
     pub(crate) fn remove(self: &Arc<Self>, id: &str, last: bool) -> JoinHandle<()> {
         let (machine, id) = (Arc::clone(self), id.to_owned());
         tokio::spawn(async move {
-            for _ in 0..REMOVE_TRIES {
+            let until = Instant::now() + WRITE_TIMEOUT;
+            loop {
                 let removed = if last {
                     machine.agent().remove_container(&id).await
                 } else {
                     machine.pod.remove(&id).await
                 };
                 match removed {
-                    Err(error) if machine.is_usable() => {
-                        tracing::warn!(id, %error, "the guest cannot remove the container");
+                    Err(error) if error.code() != Some(Code::NOT_FOUND) && machine.is_usable() => {
+                        // A removal that takes longer than a call may goes on in the guest, and this is told until it is done.
+                        tracing::debug!(id, %error, "the guest has not removed the container yet");
+                        if Instant::now() > until {
+                            tracing::warn!(id, %error, "the guest cannot remove the container");
+                            return;
+                        }
                         sleep(REMOVE_PAUSE).await;
                     }
                     // With the machine, everything goes.

@@ -101,6 +101,9 @@ async fn end_all(shim: &Shim) {
         let _ = shim.kill(&task.id, "", Signal::KILL.as_raw().unsigned_abs(), true).await;
     }
     for task in writing {
+        let _ = timeout_at(deadline, task.init.stopped()).await;
+        // Its output may be read by nobody any more, and is not to hold up its writes.
+        task.init.detach();
         let _ = timeout_at(deadline, task.released()).await;
     }
     let deadline = Instant::now() + END_TIMEOUT;

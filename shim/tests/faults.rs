@@ -13,6 +13,7 @@ use containerd_shim_protos::api::{self, Status};
 use containerd_shim_protos::bootstrap_api::BootstrapParams;
 use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::shim_async::TaskClient;
 use containerd_shim_protos::types::introspection::RuntimeInfo;
 use serde_json::json;
 use support::{Host, NAMESPACE, kill, lives, until};
@@ -434,12 +435,12 @@ async fn what_is_written_to_a_slow_disk_is_waited_for_by_whoever_deletes() {
     let (shim, done) = writing(&host, &["/bin/true"]).await;
     assert_eq!(shim.wait("").await.unwrap(), 0);
     let vmm = shim.state("").await.unwrap().pid;
-    let delete = || async {
-        let client = support::connect(&shim.address).await;
+    let delete = |client: TaskClient| {
         let request = api::DeleteRequest { id: "web".into(), ..Default::default() };
         tokio::spawn(async move { support::answer(client.delete(support::ctx(), &request).await) })
     };
-    let (first, second) = (delete().await, delete().await);
+    let first = delete(support::connect(&shim.address).await);
+    let second = delete(support::connect(&shim.address).await);
     // Longer than a guest without a disk is waited for.
     tokio::time::sleep(Duration::from_secs(6)).await;
     assert!(lives(vmm) && !first.is_finished() && !second.is_finished());

@@ -14,7 +14,8 @@ use std::path::{Path, PathBuf};
 use bulkhead_protocol::agent::rootfs::Upper;
 use bulkhead_protocol::agent::{BlockSource, Rootfs};
 use rustix::fs::{
-    AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2, unlinkat,
+    AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, fstatfs, mkdirat, openat, openat2, syncfs,
+    unlinkat,
 };
 use rustix::io::Errno;
 use rustix::mount::{
@@ -120,6 +121,9 @@ pub(crate) fn create_working_directory(top: &OwnedFd, path: &Path, links: Resolv
 /// # Errors
 /// [`Error::Unmount`] when it is in use, which nothing of the container's should be.
 pub(crate) fn remove(directory: &Path) -> Result<(), Error> {
+    for name in ["rootfs", "upper"] {
+        write_back(&directory.join(name));
+    }
     unmount_if_mounted(&directory.join("rootfs"))?;
     unmount_parts(directory)?;
     let parent = directory.parent().unwrap_or(Path::new("/"));
@@ -127,6 +131,9 @@ pub(crate) fn remove(directory: &Path) -> Result<(), Error> {
     let removed = openat(CWD, parent, DIRECTORY, Mode::empty()).and_then(|parent| remove_tree(&parent, name));
     removed.map_err(|error| Error::Unmount(directory.to_owned(), error.into()))
 }
+
+/// What statfs(2) says of ext4: `EXT4_SUPER_MAGIC` of linux/magic.h.
+const EXT4_MAGIC: i64 = 0xef53;
 
 const DIRECTORY: OFlags =
     OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
@@ -192,6 +199,16 @@ fn overlay(
     let mounted = create(&context, &what(), read_only)?;
     attach(&mounted, target)?;
     unmount_parts(directory)
+}
+
+/// Has a disk that is mounted there get what was written to it. Unmounting does that, too, but only when it can be seen no more: whoever
+/// tried again, because it took too long, would find nothing to wait for.
+fn write_back(mounted: &Path) {
+    let Ok(root) = openat(CWD, mounted, DIRECTORY, Mode::empty()) else { return };
+    if fstatfs(&root).is_ok_and(|stat| stat.f_type == EXT4_MAGIC) {
+        // An error is in the kernel's log, and does not keep the container.
+        let _ = syncfs(&root);
+    }
 }
 
 /// Unmounts what an overlay was made of.

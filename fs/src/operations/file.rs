@@ -58,6 +58,11 @@ impl Wanted {
         self.flags.intersects(OFlags::ACCMODE)
     }
 
+    /// And read.
+    fn reads_and_writes(self) -> bool {
+        self.flags & OFlags::ACCMODE == OFlags::RDWR
+    }
+
     fn changes(self) -> Result<bool> {
         Ok(self.access()? != OFlags::RDONLY || self.flags.contains(OFlags::TRUNC))
     }
@@ -104,7 +109,10 @@ fn pass(session: &mut Session, at: &At, node: u64, file: OwnedFd, wanted: Wanted
         ShareKind::Bind if is_unchanged(session, node, &file) => FOPEN_KEEP_CACHE,
         ShareKind::Bind => 0,
     };
-    let flush = if at.file_system == FileSystem::Remote && wanted.writes() { 0 } else { FOPEN_NOFLUSH };
+    // What failed to be written of a mapping is told by close(2) as well, by the guest's kernel, and a mapping is written by way of a file
+    // that may be read, too.
+    let tells = wanted.reads_and_writes() || at.file_system == FileSystem::Remote && wanted.writes();
+    let flush = if tells { 0 } else { FOPEN_NOFLUSH };
     to.u64(handle).u32(cache | flush).u32(0);
     session.passed = Some(Passed { file, handle, node, is_new: node != at.node });
 }

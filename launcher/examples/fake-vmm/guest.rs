@@ -319,9 +319,15 @@ impl Agent for Service {
         let init = (request.container_id.clone(), String::new());
         let slow = self.processes.lock().unwrap().get(&init).and_then(|init| init.told("FAKE_WRITES_UNTIL"));
         if let Some(file) = slow.map(PathBuf::from) {
-            // A disk that takes its time.
-            while !file.exists() {
+            // A disk that takes its time, and an agent that has less.
+            for _ in 0..100 {
+                if file.exists() {
+                    break;
+                }
                 tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            if !file.exists() {
+                return Err(refused(Code::DEADLINE_EXCEEDED, "it is not removed yet"));
             }
             std::fs::write(file.with_extension("written"), "").map_err(internal)?;
         }
