@@ -132,9 +132,6 @@ pub(crate) fn remove(directory: &Path) -> Result<(), Error> {
     removed.map_err(|error| Error::Unmount(directory.to_owned(), error.into()))
 }
 
-/// What statfs(2) says of ext4: `EXT4_SUPER_MAGIC` of linux/magic.h.
-const EXT4_MAGIC: i64 = 0xef53;
-
 const DIRECTORY: OFlags =
     OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
@@ -205,7 +202,7 @@ fn overlay(
 /// tried again, because it took too long, would find nothing to wait for.
 fn write_back(mounted: &Path) {
     let Ok(root) = openat(CWD, mounted, DIRECTORY, Mode::empty()) else { return };
-    if fstatfs(&root).is_ok_and(|stat| stat.f_type == EXT4_MAGIC) {
+    if fstatfs(&root).is_ok_and(|stat| stat.f_type == libc::EXT4_SUPER_MAGIC) {
         // An error is in the kernel's log, and does not keep the container.
         let _ = syncfs(&root);
     }

@@ -71,7 +71,7 @@ pub(super) fn answer_newer_calls(filter: &mut LinuxSeccomp) {
         | LinuxSeccompAction::ScmpActTrap => true,
         _ => false,
     };
-    let mut rules = filter.syscalls().clone().unwrap_or_default();
+    let rules = filter.syscalls().as_deref().unwrap_or_default();
     let named = |call: &&str| rules.iter().any(|rule| rule.names().iter().any(|name| name == call));
     let newer = CALLS.iter().rposition(named).map_or(&CALLS[..], |newest| &CALLS[newest + 1..]);
     if !refuses || newer.is_empty() {
@@ -80,6 +80,7 @@ pub(super) fn answer_newer_calls(filter: &mut LinuxSeccomp) {
     let mut rule = LinuxSyscall::default();
     rule.set_names(newer.iter().map(ToString::to_string).collect());
     rule.set_action(LinuxSeccompAction::ScmpActErrno).set_errno_ret(Some(ENOSYS));
+    let mut rules = rules.to_vec();
     rules.push(rule);
     filter.set_syscalls(Some(rules));
 }

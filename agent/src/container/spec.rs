@@ -231,10 +231,9 @@ fn prepare_linux(linux: &mut Linux, shared: &Shared) -> Result<Limits, Error> {
     linux.set_mount_label(None);
     let propagation = linux.rootfs_propagation().as_deref().map_or(Ok(None), propagation)?;
     linux.set_rootfs_propagation(propagation.map(ToOwned::to_owned));
-    if let Some(mut filter) = linux.seccomp().clone() {
-        check_seccomp(&filter)?;
-        seccomp::answer_newer_calls(&mut filter);
-        linux.set_seccomp(Some(filter));
+    if let Some(filter) = linux.seccomp_mut() {
+        check_seccomp(filter)?;
+        seccomp::answer_newer_calls(filter);
     }
     for device in linux.devices().iter().flatten() {
         // libcontainer compares the names alone.
