@@ -140,15 +140,12 @@ impl Shim {
         if !oci::group(&container.spec, "").is_empty() {
             self.grouped.store(true, Ordering::Relaxed);
         }
-        let oom_score = container.spec.process().as_ref().and_then(oci_spec::runtime::Process::oom_score_adj);
-        let oom_score = oom_score.unwrap_or(0);
         let mut slot = self.machine.lock().await;
         if let Some(machine) = slot.clone().filter(|machine| machine.is_usable()) {
             drop(slot);
             task.set_machine(Arc::clone(&machine));
             let container = NewContainer { sandbox: Some(&machine.first), ..container };
-            let created =
-                timeout(CREATE_TIMEOUT, machine.create(container, &self.directory, oom_score)).await;
+            let created = timeout(CREATE_TIMEOUT, machine.create(container, &self.directory)).await;
             return match created.map_err(|_| TaskError::Deadline("the container is not created"))? {
                 Ok(()) => Ok(machine),
                 Err(error) => Err(explain(&machine, TaskError::create(program, error)).await),
@@ -158,7 +155,7 @@ impl Shim {
             // The cgroup of this one may have the same name. Whoever gives up the creation does not end the removal.
             let _ = tokio::spawn(async move { old.gone().await }).await;
         }
-        let machine = timeout(MACHINE_TIMEOUT, self.start_machine(config, container, oom_score)).await;
+        let machine = timeout(MACHINE_TIMEOUT, self.start_machine(config, container)).await;
         let machine = machine.map_err(|_| TaskError::Deadline("the virtual machine does not start"))?;
         let machine = machine.map_err(|error| match error {
             TaskError::Pod(error) => TaskError::create(program, error),
@@ -173,7 +170,6 @@ impl Shim {
         &self,
         config: Option<&Path>,
         first: NewContainer<'_>,
-        oom_score: i32,
     ) -> Result<Arc<Machine>, TaskError> {
         let config = match config {
             Some(file) => Config::load(file),
@@ -197,7 +193,7 @@ impl Shim {
             network,
             cgroup,
         };
-        Ok(Machine::start(config, first, oom_score).await?)
+        Ok(Machine::start(config, first).await?)
     }
 
     /// From here on the container is there. Nothing is waited for, so that nothing comes between.

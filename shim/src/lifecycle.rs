@@ -299,15 +299,17 @@ impl Shim {
             state => return Err(TaskError::state("delete", &state)),
         }
         // A client that is told that there is no such container takes the shim's connection with it, so the first one is waited for.
-        if !task.begin_delete().await {
+        // When it fails, this one tries.
+        let mut deleted = task.deleted.lock().await;
+        if *deleted {
             return Err(TaskError::NoContainer);
         }
-        let deleted = self.delete_begun(&task).await;
-        task.end_delete(deleted.is_ok());
-        deleted
+        let exit = self.delete_ended(&task).await?;
+        *deleted = true;
+        Ok(exit)
     }
 
-    async fn delete_begun(&self, task: &Task) -> Result<Exit, TaskError> {
+    async fn delete_ended(&self, task: &Task) -> Result<Exit, TaskError> {
         let exit = self.stop_created(task).await?;
         let _ = timeout(DRAIN_TIMEOUT, task.init.drained()).await;
         let execs = task.execs();

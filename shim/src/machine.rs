@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::Duration;
 
 use bulkhead_sandbox::agent::{Agent, Code};
+use oci_spec::runtime::Process;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::Interest;
 use tokio::sync::watch;
@@ -44,12 +45,8 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// Starts a machine with its first container, and writes down its processes, for whoever has to clean up after this shim.
-    pub(crate) async fn start(
-        config: PodConfig<'_>,
-        first: NewContainer<'_>,
-        oom_score: i32,
-    ) -> Result<Arc<Self>, PodError> {
-        let (directory, id) = (config.directory, first.id.to_owned());
+    pub(crate) async fn start(config: PodConfig<'_>, first: NewContainer<'_>) -> Result<Arc<Self>, PodError> {
+        let (directory, id, oom_score) = (config.directory, first.id.to_owned(), oom_score(&first));
         let pod = Box::pin(Pod::start(config, first)).await?;
         let pid = pod.pid();
         if let Err(error) = record::write(directory, record::VMM, pid) {
@@ -67,12 +64,8 @@ impl Machine {
     }
 
     /// Creates another container.
-    pub(crate) async fn create(
-        &self,
-        container: NewContainer<'_>,
-        directory: &Path,
-        oom_score: i32,
-    ) -> Result<(), PodError> {
+    pub(crate) async fn create(&self, container: NewContainer<'_>, directory: &Path) -> Result<(), PodError> {
+        let oom_score = oom_score(&container);
         Box::pin(self.pod.create(container)).await?;
         self.note_file_server(directory);
         // Kubernetes protects the first container of a pod, which does nothing, from what the others are killed by.
@@ -214,4 +207,9 @@ impl Machine {
     pub(crate) fn pid(&self) -> u32 {
         self.pod.pid()
     }
+}
+
+/// The `oom_score_adj` that a container asks for.
+fn oom_score(container: &NewContainer<'_>) -> i32 {
+    container.spec.process().as_ref().and_then(Process::oom_score_adj).unwrap_or(0)
 }

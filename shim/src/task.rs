@@ -28,17 +28,10 @@ pub(crate) struct Task {
     pub(crate) init_ended: AtomicBool,
     /// An out-of-memory event has been published.
     pub(crate) oom_told: AtomicBool,
-    deletion: watch::Sender<Deletion>,
+    /// It has been deleted. Locked by whoever does so.
+    pub(crate) deleted: tokio::sync::Mutex<bool>,
     /// The guest holds nothing of it any more.
     released: watch::Sender<bool>,
-}
-
-/// What has become of a container's deletion.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Deletion {
-    None,
-    Going,
-    Done,
 }
 
 /// A process that was added to a container.
@@ -62,7 +55,7 @@ impl Task {
             killed: watch::Sender::new(false),
             init_ended: AtomicBool::new(false),
             oom_told: AtomicBool::new(false),
-            deletion: watch::Sender::new(Deletion::None),
+            deleted: tokio::sync::Mutex::default(),
             released: watch::Sender::new(false),
         }
     }
@@ -136,29 +129,6 @@ impl Task {
     pub(crate) async fn killed(&self) {
         // The sender is our own.
         let _ = self.killed.subscribe().wait_for(|killed| *killed).await;
-    }
-
-    /// Waits for its turn to delete it; false when somebody else has done so. Whoever gets true says how it went.
-    pub(crate) async fn begin_delete(&self) -> bool {
-        let mut deletion = self.deletion.subscribe();
-        loop {
-            let begun = self.deletion.send_if_modified(|deletion| {
-                *deletion == Deletion::None && std::mem::replace(deletion, Deletion::Going) == Deletion::None
-            });
-            if begun {
-                return true;
-            }
-            // The sender is our own.
-            let _ = deletion.wait_for(|deletion| *deletion != Deletion::Going).await;
-            if *deletion.borrow() == Deletion::Done {
-                return false;
-            }
-        }
-    }
-
-    /// The deletion that was begun is done, or has failed: then another one may be tried.
-    pub(crate) fn end_delete(&self, done: bool) {
-        self.deletion.send_replace(if done { Deletion::Done } else { Deletion::None });
     }
 
     /// Says that the guest holds nothing of it any more.

@@ -50,16 +50,15 @@ struct Process {
 }
 
 impl Process {
-    /// True when the environment of the process has this variable, by which tests say how it behaves.
-    fn is_told(&self, variable: &str) -> bool {
-        self.spec["env"].to_string().contains(variable)
-    }
-
-    /// The value of a variable in its environment.
+    /// The value of a variable in the environment of the process, by which tests say how it behaves.
     fn told(&self, variable: &str) -> Option<String> {
         let words = self.spec["env"].as_array().into_iter().flatten().filter_map(serde_json::Value::as_str);
         let mut told = words.filter_map(|word| word.split_once('='));
         told.find_map(|(name, value)| (name == variable).then(|| value.to_owned()))
+    }
+
+    fn is_told(&self, variable: &str) -> bool {
+        self.told(variable).is_some()
     }
 
     /// Kills it and what it has started, or ends it before it has been started.
@@ -387,7 +386,7 @@ impl Agent for Service {
             let processes = self.processes.lock().unwrap();
             let init = processes.get(&(request.container_id, String::new()));
             let is_told = |variable| init.is_some_and(|init| init.is_told(variable));
-            (is_told("FAKE_OOM="), is_told("FAKE_OOM_FLOOD="))
+            (is_told("FAKE_OOM"), is_told("FAKE_OOM_FLOOD"))
         };
         if !floods && (!ran_out || request.kills > 0) {
             std::future::pending::<()>().await;
@@ -445,11 +444,11 @@ impl Agent for Service {
     async fn signal_process(&self, _: &TtrpcContext, request: SignalProcessRequest) -> ttrpc::Result<Empty> {
         let key = (request.container_id.clone(), request.exec_id.clone());
         let told = |variable| self.processes.lock().unwrap().get(&key).is_some_and(|it| it.is_told(variable));
-        if told("FAKE_DEAF=") {
+        if told("FAKE_DEAF") {
             std::future::pending::<()>().await;
         }
         for (variable, code) in
-            [("FAKE_REFUSES=", Code::FAILED_PRECONDITION), ("FAKE_DENIES=", Code::NOT_FOUND)]
+            [("FAKE_REFUSES", Code::FAILED_PRECONDITION), ("FAKE_DENIES", Code::NOT_FOUND)]
         {
             if told(variable) {
                 return Err(refused(code, "it is left alone"));
@@ -468,7 +467,7 @@ impl Agent for Service {
         }
         let pid = process.filter(|process| process.exit.borrow().is_none()).and_then(|process| process.pid);
         let pid = pid.ok_or_else(|| refused(Code::NOT_FOUND, "no such process"))?;
-        if process.is_some_and(|process| process.is_told("FAKE_IMMORTAL=")) {
+        if process.is_some_and(|process| process.is_told("FAKE_IMMORTAL")) {
             return Ok(Empty::default());
         }
         let pid = Pid::from_raw(i32::try_from(pid).map_err(internal)?).ok_or_else(|| internal("pid 0"))?;
@@ -485,7 +484,7 @@ impl Agent for Service {
             let processes = self.processes.lock().unwrap();
             let process = processes.get(&(request.container_id, request.exec_id));
             let process = process.ok_or_else(|| refused(Code::NOT_FOUND, "no such process"))?;
-            (process.exit.subscribe(), process.is_told("FAKE_OOM="))
+            (process.exit.subscribe(), process.is_told("FAKE_OOM"))
         };
         let status = exit.wait_for(Option::is_some).await.map_err(internal)?.unwrap_or_default();
         Ok(WaitProcessResponse { exit_status: status, oom_killed, ..Default::default() })
